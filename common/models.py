@@ -1,0 +1,196 @@
+"""Policy and reward model: 4-bit loading, adapters, generate(), score().
+
+A policy is a base model and, unless it is the base itself, a folder with a LoRA adapter. A reward model is the same
+base with a scalar head and an adapter, in a folder of its own. Torch and transformers are imported inside the
+functions, so that `--help` answers at once.
+"""
+
+import json
+from pathlib import Path
+from typing import NoReturn
+
+from common.llm import render
+from common.records import fail
+
+DEFAULT_POLICY = "Qwen/Qwen2.5-7B-Instruct"
+LORA_TARGETS = "all-linear"
+
+
+def add_policy_flags(parser) -> None:
+    """The flags of every script that loads a model."""
+    group = parser.add_argument_group("models")
+    group.add_argument("--policy", default=None, help=f"base model, a hub name or a folder ({DEFAULT_POLICY})")
+    group.add_argument(
+        "--bits", type=int, choices=(4, 16), default=4, help="weights of the base: NF4 or bf16 (%(default)s)"
+    )
+    group.add_argument("--batch-size-generate", type=int, default=64, help="sequences generated at once (%(default)s)")
+
+
+def policy_path(args) -> str:
+    """Where the base model is: --policy, or with --offline the tiny model, made first if need be."""
+    if args.policy:
+        if args.policy.startswith((".", "/", "~")) and not Path(args.policy).expanduser().is_dir():
+            fail(f"--policy {args.policy} is no folder; name one that save_pretrained wrote, or a model on the hub")
+        return args.policy
+    if not args.offline:
+        return DEFAULT_POLICY
+    from common import offline
+
+    return str(offline.tiny_policy())
+
+
+def quiet() -> None:
+    """Libraries that only repeat what the scripts say themselves keep still; torch uses every core."""
+    import logging
+    import os
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore")
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def _load(kind, path: str, bits: int, **kwargs):
+    """from_pretrained with the settings that every model here shares, and one line where it cannot be loaded."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    cuda = torch.cuda.is_available()
+    dtype = torch.bfloat16 if cuda or bits == 4 else torch.float32
+    if bits == 4:
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_skip_modules=["lm_head", "score"],
+        )  # fmt: skip
+    try:
+        return kind.from_pretrained(path, dtype=dtype, device_map={"": 0} if cuda else None, **kwargs)
+    except (OSError, ValueError) as e:
+        _cannot_load(path, e)
+
+
+def _cannot_load(path: str, error: Exception) -> NoReturn:
+    reason = str(error).splitlines()[0]
+    fail(f"cannot load {path}: {reason}; name a folder or a hub model with --policy, or use --offline")
+
+
+def load_tokenizer(path: str):
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, padding_side="left")
+    except (OSError, ValueError) as e:
+        _cannot_load(path, e)
+
+
+def load_policy(path: str, bits: int, adapter: Path | None = None, trainable: bool = False):
+    """(model, tokenizer) of a base, with a LoRA adapter on it if one is given."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = _load(AutoModelForCausalLM, path, bits)
+    if adapter is not None:
+        check_adapter(adapter, path)
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
+    return model, load_tokenizer(path)
+
+
+def check_adapter(adapter: Path, base: str) -> None:
+    """End with one line if the adapter is missing or was made for another base."""
+    config = adapter / "adapter_config.json"
+    if not config.is_file():
+        fail(f"{adapter} holds no adapter; README's table of the five steps names the command that makes it")
+    made_for = json.loads(config.read_text())["base_model_name_or_path"]
+    if made_for != base:
+        fail(f"{adapter} was made for the base {made_for}, not {base}; pass --policy {made_for} or make it again")
+
+
+def lora(rank: int, alpha: int, task: str, **kwargs):
+    from peft import LoraConfig
+
+    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=LORA_TARGETS, task_type=task, **kwargs)
+
+
+def conversation(query: str, prompts: Path) -> list[dict]:
+    """What the policy is asked for a query: prompts/policy.md with the query in it, as chat messages."""
+    return render("policy", prompts, query=query)
+
+
+def generate(
+    model, tokenizer, conversations: list[list[dict]], *, temperature: float, top_p: float, max_tokens: int,
+    batch_size: int, seed: int, progress: str = "",
+) -> list[str]:  # fmt: skip
+    """One sampled completion a conversation, as text without special tokens, in the order given.
+
+    Sampling is seeded once for the whole call: the same list, batch size and seed give the same texts.
+    """
+    import torch
+    from tqdm import tqdm
+
+    torch.manual_seed(seed)
+    was_training = model.training
+    model.eval()
+    prompts = [tokenizer.apply_chat_template(c, add_generation_prompt=True, tokenize=False) for c in conversations]
+    texts = []
+    for start in tqdm(range(0, len(prompts), batch_size), desc=progress, disable=not progress, unit="batch"):
+        batch = tokenizer(
+            prompts[start : start + batch_size], return_tensors="pt", padding=True, add_special_tokens=False
+        ).to(model.device)
+        with torch.inference_mode():
+            tokens = model.generate(
+                **batch, do_sample=True, temperature=temperature, top_p=top_p, top_k=0, max_new_tokens=max_tokens,
+                pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+            )  # fmt: skip
+        new = tokens[:, batch["input_ids"].shape[1] :]
+        texts += [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+    model.train(was_training)
+    return texts
+
+
+class RewardModel:
+    """A trained reward model: scores of (query, response), standardised on the pairs it was tested on."""
+
+    def __init__(self, folder: Path, base: str, bits: int, prompts: Path):
+        from peft import PeftModel
+        from transformers import AutoModelForSequenceClassification
+
+        check_adapter(folder, base)
+        self.prompts, self.tokenizer = prompts, load_tokenizer(base)
+        self.tokenizer.padding_side = "right"
+        model = _load(AutoModelForSequenceClassification, base, bits, num_labels=1)
+        model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.model = PeftModel.from_pretrained(model, folder).eval()
+        calibration = folder / "calibration.json"
+        self.mean, self.std = 0.0, 1.0
+        if calibration.is_file():
+            self.mean, self.std = (json.loads(calibration.read_text())[k] for k in ("mean", "std"))
+
+    def score(self, rows: list[tuple[str, str]], batch_size: int = 64) -> list[float]:
+        """A score a (query, response) row, in standard deviations from the mean of the calibration responses."""
+        answers = [[{"role": "assistant", "content": response}] for _, response in rows]
+        asked = [conversation(query, self.prompts) for query, _ in rows]
+        return self.score_conversations([a + b for a, b in zip(asked, answers, strict=True)], batch_size)
+
+    def score_conversations(self, conversations: list[list[dict]], batch_size: int = 64) -> list[float]:
+        """A score a whole conversation. Rows are batched by length, which changes no score, and come back in order."""
+        import torch
+
+        texts = [self.tokenizer.apply_chat_template(c, tokenize=False) for c in conversations]
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        scores = [0.0] * len(texts)
+        for start in range(0, len(order), batch_size):
+            chunk = order[start : start + batch_size]
+            batch = self.tokenizer(
+                [texts[i] for i in chunk], return_tensors="pt", padding=True, add_special_tokens=False
+            )
+            with torch.inference_mode():
+                logits = self.model(**batch.to(self.model.device)).logits[:, 0].float().tolist()
+            for i, logit in zip(chunk, logits, strict=True):
+                scores[i] = (logit - self.mean) / self.std
+        return scores

@@ -1,0 +1,338 @@
+"""The JSONL records that travel between the scripts, and the run folder they lie in: read, append, resume.
+
+The file is the interface: a record is one JSON object on one line, its `id` a stable hash of its content, so that every
+stage joins and resumes by id. A record is appended and flushed when it is done; a file written whole goes through a
+temporary file and a rename. What a user can get wrong ends in one line on stderr and exit code 2.
+"""
+
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal, NoReturn, TypeVar
+
+import jsonlines
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+ROOT = Path(__file__).resolve().parent.parent
+Messages = list[dict[str, str]]  # TRL's conversational form: [{"role": ..., "content": ...}]
+
+
+def fail(message: str) -> NoReturn:
+    """End the program with one line on stderr and exit code 2: for errors that the user can mend."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def digest(*parts: object) -> str:
+    """16 hex digits that depend on every part and on where one part ends and the next begins."""
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Record(BaseModel):
+    """A line of a JSONL file. Keys that the model does not know are kept: users may carry their own."""
+
+    model_config = ConfigDict(extra="allow", str_strip_whitespace=True)
+    id: str = ""
+
+    @model_validator(mode="after")
+    def _fill_id(self):
+        self.id = self.id or digest(*self.content())
+        return self
+
+    def content(self) -> tuple:
+        """What the id is a hash of."""
+        return (self.query, self.response) if hasattr(self, "response") else (self.query,)
+
+
+class Query(Record):
+    query: str = Field(min_length=1)
+    occasion: str = ""
+    recipient: str = ""
+
+
+class Reference(Record):
+    query: str = Field(min_length=1)
+    response: str = Field(min_length=1)
+    popularity: float | None = None
+
+
+class Labelled(Record):
+    query: str = Field(min_length=1)
+    response: str = Field(min_length=1)
+    label: Literal[0, 1]
+    flaw: str | None = None
+
+
+class Candidate(Record):
+    query: str = Field(min_length=1)
+    response: str = Field(min_length=1)
+    query_id: str = ""
+    source: str = "file"
+    temperature: float | None = None
+
+    @model_validator(mode="after")
+    def _fill_query_id(self):
+        self.query_id = self.query_id or digest(self.query)
+        return self
+
+
+class Judgement(Candidate):
+    """A candidate with what the agents said of it. `label` is null where they could not be heard: see `error`."""
+
+    examples: list[str] = []  # ids of the retrieved references
+    positive: list[str] = []
+    negative: list[str] = []
+    judge: dict | None = None  # {reason, verdict}
+    reflect: dict | None = None  # {reason, verdict}
+    label: Literal[0, 1] | None = None
+    error: str | None = None
+    model: str = ""
+    prompts: dict[str, str] = {}  # role -> hash of its prompt file
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+
+class Preference(Record):
+    prompt: Messages = Field(min_length=1)
+    chosen: Messages = Field(min_length=1)
+    rejected: Messages = Field(min_length=1)
+    query: str = ""
+    query_id: str = ""
+    chosen_id: str = ""
+    rejected_id: str = ""
+    why: str = ""
+
+    def content(self) -> tuple:
+        return (self.prompt, self.chosen, self.rejected)
+
+    @property
+    def texts(self) -> tuple[str, str, str]:
+        """(prompt, chosen, rejected) as plain text."""
+        return self.prompt[-1]["content"], self.chosen[-1]["content"], self.rejected[-1]["content"]
+
+
+class Demonstration(Record):
+    """A row of sft.jsonl."""
+
+    prompt: Messages = Field(min_length=1)
+    completion: Messages = Field(min_length=1)
+    query: str = ""
+    query_id: str = ""
+
+    def content(self) -> tuple:
+        return (self.prompt, self.completion)
+
+
+R = TypeVar("R", bound=Record)
+
+
+def read(path: Path | str, kind: type[R], made_by: str = "") -> list[R]:
+    """All records of a JSONL file, ids filled in; exit code 2 with file, line and remedy if one cannot be used.
+
+    `made_by` is the command that makes the file; it is named where the file is missing or empty.
+    """
+    path = Path(path)
+    remedy = f"; make it with: {made_by}" if made_by else ""
+    if not path.is_file():
+        fail(f"{path} does not exist{remedy}")
+    records, first_line = [], {}
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = kind.model_validate(json.loads(line))
+            except UnicodeDecodeError:
+                fail(f"{path}:{number}: not UTF-8; save the file as UTF-8")
+            except json.JSONDecodeError as e:
+                fail(f"{path}:{number}: not JSON ({e.msg} at column {e.colno}); mend or delete that line")
+            except ValidationError as e:
+                first = e.errors(include_url=False, include_input=False)[0]
+                field = ".".join(map(str, first["loc"])) or "record"
+                wanted = ", ".join(name for name, f in kind.model_fields.items() if f.is_required())
+                fail(f"{path}:{number}: {field}: {first['msg']}; a {kind.__name__.lower()} needs {wanted}")
+            if record.id in first_line:
+                fail(f"{path}:{number}: same id as line {first_line[record.id]} ({record.id}); delete one of the two")
+            first_line[record.id] = number
+            records.append(record)
+    if not records:
+        fail(f"{path} is empty{remedy}")
+    return records
+
+
+class Appender:
+    """Appends records to a JSONL file, one flushed line each. Opening mends a torn last line by dropping it.
+
+    `done` holds the ids that are in the file, so that a killed run goes on where it was.
+    """
+
+    def __init__(self, path: Path):
+        self.done: set[str] = set()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(path, "a+b")  # noqa: SIM115 - lives as long as the appender
+        self.file.seek(0)
+        good = 0  # bytes up to the end of the last whole line
+        for number, line in enumerate(self.file, 1):
+            try:
+                self.done.add(json.loads(line)["id"])
+                torn = not line.endswith(b"\n")
+            except (ValueError, KeyError, TypeError):
+                torn = True
+            if torn and self.file.peek(1):
+                fail(f"{path}:{number}: not a record; the file was changed by hand: mend or delete that line")
+            if torn:
+                break
+            good += len(line)
+        self.file.truncate(good)
+
+    def __call__(self, record: Record) -> None:
+        self.file.write(record.model_dump_json().encode() + b"\n")
+        self.file.flush()
+        self.done.add(record.id)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.file.close()
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write(path: Path, records: Iterable[Record | dict]) -> None:
+    """Write a JSONL file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with jsonlines.open(temporary, "w", dumps=lambda o: json.dumps(o, ensure_ascii=False)) as out:
+        out.write_all(r.model_dump(exclude_none=True) if isinstance(r, Record) else r for r in records)
+    os.replace(temporary, path)
+
+
+# ---- the run folder -------------------------------------------------------------------------------------------------
+
+
+def add_run_flags(parser) -> None:
+    """The flags that every script has."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--run", type=Path, default=Path("outputs/run"), help="folder of this run (%(default)s)")
+    group.add_argument("--seed", type=int, default=0, help="seed of everything random (%(default)s)")
+    group.add_argument(
+        "--offline", action="store_true", help="no GPU, no network, no key: tiny model, rule-based critic"
+    )
+    group.add_argument(
+        "--redo", action="store_true", help="replace what was made with other settings, prompts or inputs"
+    )
+
+
+def parse(parser, offline: dict):
+    """Parse the command line; with --offline the defaults in `offline` stand in for the paper's settings."""
+    if parser.parse_known_args()[0].offline:
+        parser.set_defaults(**offline)
+    return parser.parse_args()
+
+
+def open_run(run: Path) -> Path:
+    """Make the run folder and hold it until this process ends; a second process is refused."""
+    run.mkdir(parents=True, exist_ok=True)
+    lock = open(run / ".lock", "a")  # noqa: SIM115 - held until the process ends
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        fail(f"another process is writing to {run}; wait for it, or choose another folder with --run")
+    open_run.held = lock
+    return run
+
+
+def file_hash(path: Path | str) -> str:
+    """Hash of a file's content, or of every file in a folder; "" where there is none."""
+    path = Path(path)
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
+    if not files:
+        return ""
+    return digest(*(hashlib.sha256(p.read_bytes()).hexdigest() for p in files))
+
+
+class Stage:
+    """One resumable step: some outputs in the run folder and the settings they were made with.
+
+    The settings (seed, flags, models, hashes of prompts and inputs) are written before the work starts. A later call
+    with the same settings finds the step `done`, or resumes it; with other settings it stops, unless `redo`: then the
+    old outputs are moved to replaced/, never deleted.
+    """
+
+    def __init__(self, run: Path, name: str, outputs: list[str], settings: dict, redo: bool = False):
+        self.path, self.started = run / "stages" / f"{name}.json", time.time()
+        self.settings = json.loads(json.dumps(settings, default=str))
+        old = json.loads(self.path.read_text()) if self.path.is_file() else None
+        present = [o for o in outputs if (run / o).exists()]
+        if old and old["settings"] != self.settings:
+            keys = sorted(old["settings"].keys() | self.settings.keys())
+            changed = [k for k in keys if old["settings"].get(k) != self.settings.get(k)]
+            if not redo:
+                before, now = (", ".join(f"{k}={s.get(k)}" for k in changed) for s in (old["settings"], self.settings))
+                fail(
+                    f"{run / outputs[0]} was made with {before}, this call has {now}; nothing was changed: add --redo "
+                    f"to make it again (the old one moves to {run / 'replaced'}), or choose another folder with --run"
+                )
+            aside = run / "replaced" / time.strftime("%Y%m%d-%H%M%S") / name
+            aside.mkdir(parents=True)
+            for output in present:
+                shutil.move(run / output, aside / output)
+            shutil.move(self.path, aside / "settings.json")
+            old = None
+        elif not old and present:
+            fail(
+                f"{run / present[0]} is there, but not how it was made; move it away, or choose another folder with --run"
+            )
+        self.done = bool(old and old["done"] and present)
+        if not old:
+            self._save(done=False)
+
+    def _save(self, done: bool) -> None:
+        replace_file(self.path, json.dumps({"done": done, "settings": self.settings}, ensure_ascii=False, indent=1))
+
+    def finish(self) -> None:
+        self._save(done=True)
+
+
+def rate(right: float, n: int) -> dict:
+    """A share with its 95% Wilson score interval: {"value", "lo", "hi", "n"}; value is None where n is 0."""
+    if n == 0:
+        return {"value": None, "lo": 0.0, "hi": 1.0, "n": 0}
+    z, p = 1.96, right / n
+    middle, spread = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    lo, hi = (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
+    return {"value": round(p, 4), "lo": round(max(0.0, lo), 4), "hi": round(min(1.0, hi), 4), "n": n}
+
+
+def write_summary(run: Path, name: str, seconds: float, settings: dict, figures: dict) -> dict:
+    """Write NAME_summary.json: the figures, how long it took, with which settings and which versions."""
+    versions = {}
+    for package in ("torch", "transformers", "trl", "peft", "bitsandbytes", "vllm", "openai"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    summary = figures | {"seconds": seconds, "settings": settings, "versions": versions}
+    text = json.dumps(summary, ensure_ascii=False, indent=1, default=str)
+    replace_file(run / f"{name}_summary.json", text + "\n")
+    return summary
+
+
+def read_summary(run: Path, name: str) -> dict:
+    """What write_summary wrote, or {} where that script has not run."""
+    path = run / f"{name}_summary.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
