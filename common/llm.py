@@ -30,6 +30,12 @@ class Answer(BaseModel):
     """What a model must answer with: exactly these keys, and the reason before the verdict."""
 
     model_config = ConfigDict(extra="forbid")
+    _tokens: tuple[int, int] = (0, 0)
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """(input, output) tokens of the call that brought it, also where it now came from the cache."""
+        return self._tokens
 
 
 class Points(Answer):
@@ -129,6 +135,15 @@ def add_endpoint_flags(parser) -> None:
     group.add_argument("--prompts", type=Path, default=ROOT / "prompts", help="folder of the prompts")
 
 
+def endpoint_name(args) -> tuple[str, str]:
+    """(model, endpoint): who answers; part of every cache key and of the settings of a stage."""
+    if args.offline:
+        from common import offline
+
+        return offline.critic_name(), "offline"
+    return args.model, args.base_url
+
+
 class Store:
     """Answers and the ledger in one SQLite file: what was paid for survives a kill, and is not paid for again."""
 
@@ -181,11 +196,11 @@ class Client:
         self.slots = asyncio.Semaphore(args.concurrency)
         self.flying: dict[str, asyncio.Future] = {}
         transport = None
-        self.model, self.endpoint = args.model, args.base_url
+        self.model, self.endpoint = endpoint_name(args)
         if args.offline:
             from common import offline
 
-            transport, self.model, self.endpoint = offline.transport(), offline.critic_name(), "offline"
+            transport = offline.transport()
         self.key = os.environ.get(args.api_key_env, "")
         self.openai = openai.AsyncOpenAI(
             base_url="http://offline.invalid/v1" if args.offline else args.base_url,
@@ -205,9 +220,7 @@ class Client:
             except (openai.AuthenticationError, openai.PermissionDeniedError):
                 fail(f"{self.endpoint} refuses the key; set the variable that --api-key-env names")
             except openai.APIConnectionError:
-                fail(
-                    f"nothing answers at {self.endpoint}; start a server there, name one with --base-url, or use --offline"
-                )
+                fail(f"nothing answers at {self.endpoint}; start a server, name one with --base-url, or use --offline")
             except openai.APIError:
                 pass  # not every server lists its models
         return self
@@ -235,16 +248,16 @@ class Client:
         }
         key = digest(self.endpoint, request)
         if hit := self.store.get(key):
-            return answer.model_validate_json(hit[0])
+            return parsed(answer, *hit)
         if key in self.flying:  # the same question is being asked: wait for that answer
-            return answer.model_validate_json(await asyncio.shield(self.flying[key]))
+            return parsed(answer, *await asyncio.shield(self.flying[key]))
         self.flying[key] = asyncio.get_running_loop().create_future()
         try:
             async with self.slots:
-                text, input_tokens, output_tokens = await self._insist(role, request, answer)
-            self.store.put(key, text, input_tokens, output_tokens)
-            self.flying[key].set_result(text)
-            return answer.model_validate_json(text)
+                found = await self._insist(role, request, answer)
+            self.store.put(key, *found)
+            self.flying[key].set_result(found)
+            return parsed(answer, *found)
         except BaseException as e:
             self.flying[key].set_exception(e)
             self.flying[key].exception()  # seen: nobody has to wait for it
@@ -288,6 +301,12 @@ class Client:
                 raise Unusable(reason)
             await asyncio.sleep(wait)
         raise AssertionError("unreachable")
+
+
+def parsed(answer: type[A], text: str, input_tokens: int, output_tokens: int) -> A:
+    value = answer.model_validate_json(text)
+    value._tokens = (input_tokens, output_tokens)
+    return value
 
 
 def retry_after(headers, otherwise: float) -> float:

@@ -6,6 +6,7 @@ wire format. It knows only what it can measure in the text (`FLAWS`, `praise`), 
 the principles in its prompt speak of. It never sees a label, except where a prompt shows one (the Reflector's).
 """
 
+import inspect
 import json
 import math
 import random
@@ -258,7 +259,7 @@ def praise(query: str, response: str) -> list[str]:
 
 
 def grades(query: str, response: str) -> dict[str, int]:
-    """The five grades of the rubric (1-3), from the same measurements. None counts characters; richness counts clauses."""
+    """The five grades of the rubric (1-3), from the same measurements; no character is counted, only clauses."""
     flaws = flaws_of(query, response)
     sure = {name for name, how in flaws.items() if how == 2}
     spoilt = bool(sure & {"meta", "advertising", "request", "flattery", "placeholder", "broken"})
@@ -436,7 +437,10 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-ASKING = ("{r}{o}祝福语", "{o} {r}", "给{r}的{o}祝福", "{r}{o}了，写句祝福", "{o}发给{r}", "祝{r}{o}", "{o}祝福 {r} 简短", "{r} {o} 怎么说", "{o}写给{r}的话")  # fmt: skip
+ASKING = (
+    "{r}{o}祝福语", "{o} {r}", "给{r}的{o}祝福", "{r}{o}了，写句祝福", "{o}发给{r}", "祝{r}{o}",
+    "{o}祝福 {r} 简短", "{r} {o} 怎么说", "{o}写给{r}的话",
+)  # fmt: skip
 
 
 def _training_texts(rng: random.Random) -> Iterator[tuple[str, str]]:
@@ -481,7 +485,22 @@ def _training_texts(rng: random.Random) -> Iterator[tuple[str, str]]:
 
 def tiny_policy() -> Path:
     """The folder of the tiny model; trained from random weights (about 100 s on 2 cores) unless it is there already."""
-    folder = TINY / digest(*(file_hash(ROOT / p) for p in ("common/offline.py", "data/references.jsonl", "data/queries.jsonl", "prompts/policy.md")))  # fmt: skip
+    files = ("data/references.jsonl", "data/queries.jsonl", "data/lexicon.json", "prompts/policy.md")
+    recipe = (
+        STEPS,
+        BATCH,
+        LEARNING_RATE,
+        VOCABULARY,
+        HIDDEN,
+        LAYERS,
+        FLAWED,
+        SENTENCES,
+        LONGEST,
+        ASKING,
+        CHAT_TEMPLATE,
+    )
+    code = [inspect.getsource(function) for function in (_training_texts, _train_tiny)]
+    folder = TINY / digest(recipe, code, *(file_hash(ROOT / name) for name in files))
     if not (folder / "config.json").is_file():
         scratch = folder.with_name(f"{folder.name}.tmp")
         shutil.rmtree(scratch, ignore_errors=True)

@@ -294,9 +294,7 @@ class Stage:
             shutil.move(self.path, aside / "settings.json")
             old = None
         elif not old and present:
-            fail(
-                f"{run / present[0]} is there, but not how it was made; move it away, or choose another folder with --run"
-            )
+            fail(f"{run / present[0]} is there, but not how it was made; move it away, or choose another --run")
         self.done = bool(old and old["done"] and present)
         if not old:
             self._save(done=False)
@@ -318,7 +316,7 @@ def rate(right: float, n: int) -> dict:
     return {"value": round(p, 4), "lo": round(max(0.0, lo), 4), "hi": round(min(1.0, hi), 4), "n": n}
 
 
-def write_summary(run: Path, name: str, seconds: float, settings: dict, figures: dict) -> dict:
+def write_summary(run: Path, name: str, started: float, settings: dict, figures: dict) -> dict:
     """Write NAME_summary.json: the figures, how long it took, with which settings and which versions."""
     versions = {}
     for package in ("torch", "transformers", "trl", "peft", "bitsandbytes", "vllm", "openai"):
@@ -326,7 +324,7 @@ def write_summary(run: Path, name: str, seconds: float, settings: dict, figures:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    summary = figures | {"seconds": seconds, "settings": settings, "versions": versions}
+    summary = figures | {"seconds": round(time.time() - started, 1), "settings": settings, "versions": versions}
     text = json.dumps(summary, ensure_ascii=False, indent=1, default=str)
     replace_file(run / f"{name}_summary.json", text + "\n")
     return summary
