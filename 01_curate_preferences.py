@@ -87,7 +87,8 @@ def sample_candidates(args: argparse.Namespace, queries: list[Query]) -> None:
     stage = Stage(
         args.run, "01_candidates", ["candidates.jsonl"],
         {"seed": args.seed, "queries": file_hash(args.queries), "policy": policy, "bits": args.bits,
-         "samples": args.samples, "temperature": args.temperature, "max_tokens": args.max_tokens, "batch": args.batch_size_generate,
+         "samples": args.samples, "temperature": args.temperature, "max_tokens": args.max_tokens,
+         "batch": args.batch_size_generate,
          "prompts": llm.prompt_hashes(["policy"], args.prompts), "files": [file_hash(p) for p in args.candidates]},
         args.redo,
     )  # fmt: skip
@@ -310,7 +311,7 @@ def main(args: argparse.Namespace) -> int:
         figures["agreement_with_given_labels"] = rate(sum(r.label == r.given_label for r in given), len(given))
     write_summary(args.run, "01", started, vars(args), figures)
     accepted, longer = (figures[key]["value"] or 0 for key in ("accepted", "longer_wins"))
-    print(f"01: {len(judged)} greetings judged, {accepted:.0%} accepted; {len(pairs)} pairs (longer wins {longer:.0%}), "
+    print(f"01: {len(judged)} greetings judged, {accepted:.0%} accepted; {len(pairs)} pairs, longer wins {longer:.0%}; "
           f"{len(demonstrations)} SFT rows in {args.run}")  # fmt: skip
     if failures := sum(figures["failures"].values()):
         print(f"01: {failures} judgements failed, {dict(figures['failures'])}; in judgements.jsonl they have no label")

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common.records import ROOT, Messages, digest, fail, file_hash
 
+PROMPTS = ROOT / "prompts"
 MAX_WAIT = 60.0  # seconds; the longest pause between two attempts, whatever Retry-After says
 MAX_TOKENS = 1024  # of one answer
 
@@ -93,7 +94,7 @@ def _templates(path: Path) -> list[jinja2.Template]:
         fail(f"{path}:{e.lineno}: {e.message}")
 
 
-def render(role: str, folder: Path = ROOT / "prompts", **slots) -> Messages:
+def render(role: str, folder: Path = PROMPTS, **slots) -> Messages:
     """The messages of a role: what stands above `---` in its file is the system message, the rest the user's."""
     path = folder / f"{role}.md"
     templates = _templates(path)
@@ -105,7 +106,7 @@ def render(role: str, folder: Path = ROOT / "prompts", **slots) -> Messages:
     return [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]
 
 
-def prompt_hashes(roles: list[str], folder: Path = ROOT / "prompts") -> dict[str, str]:
+def prompt_hashes(roles: list[str], folder: Path = PROMPTS) -> dict[str, str]:
     return {role: file_hash(folder / f"{role}.md") for role in roles}
 
 
@@ -132,7 +133,7 @@ def add_endpoint_flags(parser) -> None:
     group.add_argument("--concurrency", type=int, default=64, help="requests under way at once (%(default)s)")
     group.add_argument("--timeout", type=float, default=120, help="seconds for one attempt (%(default)s)")
     group.add_argument("--attempts", type=int, default=5, help="attempts at one question (%(default)s)")
-    group.add_argument("--prompts", type=Path, default=ROOT / "prompts", help="folder of the prompts")
+    group.add_argument("--prompts", type=Path, default=PROMPTS, help="folder of the prompts")
 
 
 def endpoint_name(args) -> tuple[str, str]:

@@ -57,7 +57,7 @@ def quiet() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def _load(kind, path: str, bits: int, **kwargs):
+def load_base(kind, path: str, bits: int, **kwargs):
     """from_pretrained with the settings that every model here shares, and one line where it cannot be loaded."""
     import torch
     from transformers import BitsAndBytesConfig
@@ -94,7 +94,7 @@ def load_policy(path: str, bits: int, adapter: Path | None = None, trainable: bo
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model = _load(AutoModelForCausalLM, path, bits)
+    model = load_base(AutoModelForCausalLM, path, bits)
     if adapter is not None:
         check_adapter(adapter, path)
         model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
@@ -115,6 +115,47 @@ def lora(rank: int, alpha: int, task: str, **kwargs):
     from peft import LoraConfig
 
     return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=LORA_TARGETS, task_type=task, **kwargs)
+
+
+def trainer_settings() -> dict:
+    """Settings that every TRL trainer here shares: bf16 and checkpointing where there is a GPU, no tracker, no bar."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {"bf16": cuda, "use_cpu": not cuda, "gradient_checkpointing": cuda, "report_to": [], "disable_tqdm": True}
+
+
+def progress_callback(title: str, shown: list[str], metrics: Path | None = None):
+    """A trainer callback: one bar with the time left and the figures named, and each log appended to a JSONL file."""
+    from tqdm import tqdm
+    from transformers import TrainerCallback
+
+    class Progress(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=title, unit="step")
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.bar.update(state.global_step - self.bar.n)
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            figures = {k: v for k, v in (logs or {}).items() if isinstance(v, int | float)}
+            self.bar.set_postfix({k: f"{figures[k]:.3g}" for k in shown if k in figures})
+            if metrics and "loss" in figures:
+                with open(metrics, "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"step": state.global_step} | figures) + "\n")
+
+        def on_train_end(self, args, state, control, **kwargs):
+            self.bar.close()
+
+    return Progress()
+
+
+def keep_quiet(trainer) -> None:
+    """Take away the callbacks that print each log line: the bar shows it."""
+    from transformers import PrinterCallback, ProgressCallback
+
+    for kind in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(kind)
 
 
 def conversation(query: str, prompts: Path) -> list[dict]:
@@ -163,7 +204,7 @@ class RewardModel:
         check_adapter(folder, base)
         self.prompts, self.tokenizer = prompts, load_tokenizer(base)
         self.tokenizer.padding_side = "right"
-        model = _load(AutoModelForSequenceClassification, base, bits, num_labels=1)
+        model = load_base(AutoModelForSequenceClassification, base, bits, num_labels=1)
         model.config.pad_token_id = self.tokenizer.pad_token_id
         self.model = PeftModel.from_pretrained(model, folder).eval()
         calibration = folder / "calibration.json"
@@ -194,3 +235,20 @@ class RewardModel:
             for i, logit in zip(chunk, logits, strict=True):
                 scores[i] = (logit - self.mean) / self.std
         return scores
+
+
+class NgramClassifier:
+    """A null baseline: logistic regression on character 1-2-grams. What it gets right needs no understanding."""
+
+    def __init__(self, texts: list[str], labels: list[int], seed: int = 0):
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+
+        vectors = TfidfVectorizer(analyzer="char", ngram_range=(1, 2), sublinear_tf=True, min_df=2)
+        self.pipeline = make_pipeline(vectors, LogisticRegression(C=10.0, max_iter=1000, random_state=seed))
+        self.pipeline.fit(texts, labels)
+
+    def __call__(self, texts: list[str]) -> list[float]:
+        """The log-odds of each text being one of label 1."""
+        return self.pipeline.decision_function(texts).tolist()
