@@ -41,7 +41,7 @@ from common.records import (
 )  # fmt: skip
 
 OFFLINE = {
-    "bits": 16, "epochs": 4, "learning_rate": 3e-3, "batch_size": 32, "accumulation": 1, "max_length": 256,
+    "bits": 16, "epochs": 2, "learning_rate": 3e-3, "batch_size": 32, "accumulation": 1, "max_length": 256,
 }  # fmt: skip
 
 

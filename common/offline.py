@@ -135,6 +135,8 @@ def _repetition(query: str, response: str) -> int:
 
 
 def _truncated(query: str, response: str) -> int:
+    if len("".join(clauses(response))) < 4:
+        return 2
     if re.search(r"[。！？!?~～…）)」』”♥❤]$", response):
         return 0
     short_verse = len(response) <= 20 and not re.search("[的了和与在把被，、]$|，.{1,5}$", response)
@@ -361,11 +363,16 @@ def rubric(rules: list[str], data: dict) -> dict:
     return {"reason": "；".join(found)} | grades(data["query"], data["response"])
 
 
+def flaws_of_strategy(text: str) -> list[str]:
+    """The flaws whose strategy a text names."""
+    return [name for name, flaw in FLAWS.items() if flaw.strategy in text]
+
+
 def generator(rules: list[str], data: dict) -> dict:
     """Writes the flaw that the strategy speaks of into an example; one it does not understand gives a cut one."""
     rng = random.Random(digest(rules, data))
     example = rng.choice(data["examples"])["response"] if data["examples"] else "愿你今天一切都好，灯下有书，碗里有汤。"
-    chosen = next((n for n in flaws_spoken_of_strategy(data["strategy"]) if FLAWS[n].write), "truncated")
+    chosen = next((n for n in flaws_of_strategy(data["strategy"]) if FLAWS[n].write), "truncated")
     return {"response": FLAWS[chosen].write(example, rng), "flaw": FLAWS[chosen].rule}
 
 
@@ -382,24 +389,22 @@ def reflector(rules: list[str], data: dict) -> dict:
 
 
 def optimiser(rules: list[str], data: dict) -> dict:
-    """Adds what most of the feedback asks to add, drops what more of it calls too strict than missing."""
+    """Principles: adds what the feedback finds missing, drops what more of it calls too strict. Strategies: drops what
+    was caught every time, and tries flaws that were not tried."""
     strategies = data["kind"] == "策略"
-    understood = flaws_spoken_of_strategy if strategies else lambda rule: flaws_spoken_of([rule])
+    understood = flaws_of_strategy if strategies else lambda rule: flaws_spoken_of([rule])
     on, votes = {n for rule in data["rules"] for n in understood(rule)}, Counter()
     for item in data["feedback"]:
-        for name in understood(item)[:1]:
-            votes[name] += -1 if re.search("删去|放宽|过严|无用", item) else 1
-    on = (on | {n for n, v in votes.items() if v > 0}) - {n for n, v in votes.items() if v < 0}
+        for name in understood(item):
+            votes[name] += -1 if re.match("过严|被识破", item) else 1
+    untried = [n for n, flaw in FLAWS.items() if flaw.write and n not in on][:3] if strategies else []
+    on = (on | {n for n, v in votes.items() if v > 0} | set(untried)) - {n for n, v in votes.items() if v < 0}
     kept = [rule for rule in data["rules"] if not understood(rule)]  # what it does not understand it leaves alone
     families: dict[int, list[str]] = {}
     for name in (n for n in FLAWS if n in on):
         families.setdefault(FLAWS[name].family, []).append(FLAWS[name].strategy if strategies else FLAWS[name].rule)
     new = ["；".join(texts) + "。" for _, texts in sorted(families.items())]
     return {"rules": (new + kept)[:10] or data["rules"]}
-
-
-def flaws_spoken_of_strategy(strategy: str) -> list[str]:
-    return [name for name, flaw in FLAWS.items() if flaw.strategy in strategy or re.search(flaw.spoken_of, strategy)]
 
 
 ROLES = {f.__name__: f for f in (positive, negative, judge, reflect, detector, rubric, generator, reflector, optimiser)}

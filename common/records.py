@@ -316,6 +316,37 @@ def rate(right: float, n: int) -> dict:
     return {"value": round(p, 4), "lo": round(max(0.0, lo), 4), "hi": round(min(1.0, hi), 4), "n": n}
 
 
+def agreement(labels: list[int], verdicts: list[int | None]) -> dict:
+    """How well verdicts agree with labels; rows without a verdict are counted as failed and left out.
+
+    kappa is Cohen's, with its large-sample 95% interval (Cohen 1960, doi:10.1177/001316446002000104); 0 for a judge
+    that always says the same. f1, precision and recall are of label 1.
+    """
+    heard = [(label, verdict) for label, verdict in zip(labels, verdicts, strict=True) if verdict is not None]
+    n = len(heard)
+    hits, said, true = (
+        (sum(pick) for pick in zip(*((v == y == 1, v, y) for y, v in heard), strict=True)) if n else (0, 0, 0)
+    )
+    right = sum(label == verdict for label, verdict in heard)
+    chance = (said * true + (n - said) * (n - true)) / n**2 if n else 1.0
+    observed = right / n if n else 0.0
+    kappa = (observed - chance) / (1 - chance) if chance < 1 else 0.0
+    spread = 1.96 * (observed * (1 - observed) / n) ** 0.5 / (1 - chance) if chance < 1 else 0.0
+    precision, recall = hits / said if said else 0.0, hits / true if true else 0.0
+    return {
+        "kappa": round(kappa, 4),
+        "kappa_lo": round(kappa - spread, 4),
+        "kappa_hi": round(kappa + spread, 4),
+        "f1": round(2 * precision * recall / (precision + recall), 4) if precision + recall else 0.0,
+        "precision": round(precision, 4),
+        "recall": round(recall, 4),
+        "accuracy": rate(right, n),
+        "says_good": rate(said, n),
+        "n": n,
+        "failed": len(labels) - n,
+    }
+
+
 def write_summary(run: Path, name: str, started: float, settings: dict, figures: dict) -> dict:
     """Write NAME_summary.json: the figures, how long it took, with which settings and which versions."""
     versions = {}

@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.llm import PROMPTS
-from common.models import NgramClassifier, conversation
+from common.models import NgramClassifier, conversation, length_rule
 from common.records import Demonstration, Labelled, Preference, Query, fail, rate, replace_file, write
 
 REPOSITORY = "https://github.com/weixiaolong94-hub/Igniting-Creative-Writing-in-Small-Language-Models"
@@ -68,11 +68,8 @@ def answer(text: str) -> list[dict]:
 def best_length_rule(labelled: list[Labelled]) -> tuple[int, dict]:
     """The number of characters from which "good" is most often right, and how often it is."""
 
-    def right(least: int) -> int:
-        return sum((len(r.response) >= least) == r.label for r in labelled)
-
-    least = max(range(1, 200), key=right)
-    return least, rate(right(least), len(labelled))
+    least = length_rule([r.response for r in labelled], [r.label for r in labelled])
+    return least, rate(sum((len(r.response) >= least) == r.label for r in labelled), len(labelled))
 
 
 def ngrams_right(labelled: list[Labelled]) -> dict:
