@@ -309,7 +309,7 @@ def main(args: argparse.Namespace) -> int:
     given = [r for r in heard if hasattr(r, "given_label")]
     if given:
         figures["agreement_with_given_labels"] = rate(sum(r.label == r.given_label for r in given), len(given))
-    write_summary(args.run, "01", started, vars(args), figures)
+    write_summary(args.run, "01_summary", started, vars(args), figures)
     accepted, longer = (figures[key]["value"] or 0 for key in ("accepted", "longer_wins"))
     print(f"01: {len(judged)} greetings judged, {accepted:.0%} accepted; {len(pairs)} pairs, longer wins {longer:.0%}; "
           f"{len(demonstrations)} SFT rows in {args.run}")  # fmt: skip

@@ -61,8 +61,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16, help="pairs a device and step (%(default)s)")
     parser.add_argument("--accumulation", type=int, default=8, help="steps that make one update (%(default)s)")
     parser.add_argument("--max-length", type=int, default=768, help="tokens; longer pairs are left out (%(default)s)")
-    parser.add_argument("--prompts", type=Path, default=llm.PROMPTS, help="folder of the prompts")
     models.add_policy_flags(parser)
+    llm.add_endpoint_flags(parser)
     add_run_flags(parser)
     args = parse(parser, OFFLINE)
     args.preferences = args.preferences or args.run / "preferences.jsonl"
@@ -219,13 +219,13 @@ def main(args: argparse.Namespace) -> int:
          "batch": args.batch_size * args.accumulation},
         args.redo,
     )  # fmt: skip
-    if stage.done and read_summary(args.run, "02"):
+    if stage.done and read_summary(args.run, "02_summary"):
         print(f"02: done already, see {args.run / '02_summary.json'}")
         return 0
     models.quiet()
     log = train(args, pairs, test, base)
     figures = {"train_pairs": len(pairs), "test_pairs": len(test)} | evaluate(args, pairs, test, base) | {"log": log}
-    write_summary(args.run, "02", started, vars(args), figures)
+    write_summary(args.run, "02_summary", started, vars(args), figures)
     stage.finish()
     for name, r in (figures["eval"] | {f"baseline: {k}": v for k, v in figures["baselines"].items()}).items():
         print(f"02: {name:24} {r['value'] or 0:6.1%}  [{r['lo']:.1%}, {r['hi']:.1%}]  n {r['n']}")

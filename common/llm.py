@@ -119,6 +119,14 @@ def read_rules(path: Path) -> list[str]:
     return rules or fail(f"{path} holds no rule; write one a line, each beginning with '- '")
 
 
+def current_principles(path: Path) -> list[str]:
+    """The principles of the last accepted version in principles.jsonl."""
+    if not path.is_file():
+        fail(f"{path} does not exist; make it with: python 03_refine_judge.py --run {path.parent}")
+    versions = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [version for version in versions if version["accepted"]][-1]["principles"]
+
+
 # ---- the client -----------------------------------------------------------------------------------------------------
 
 

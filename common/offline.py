@@ -48,8 +48,8 @@ def recipients_in(query: str) -> frozenset[str]:
 
 # Nats per pair of neighbours: above ODD the critic has a doubt, above BROKEN it is sure. `python -m common.offline`
 # prints what they rest on: greetings that it knows, greetings that it does not, and shuffled ones.
-ODD, BROKEN = 5.2, 6.6
-RECITED = 0.6  # share of known triples above which a text recites the references; 1% of good greetings of others do
+ODD, BROKEN = 5.2, 7.2
+RECITED = 0.7  # share of known triples above which a text recites the references; hardly any other greeting does
 
 
 class CharacterModel:
@@ -174,6 +174,11 @@ def _register(query: str, response: str) -> int:
     return 2 if len(OFFICIALESE.findall(response)) >= (1 if asked & set(LEXICON["intimates"]) else 2) else 0
 
 
+def _empty(query: str, response: str) -> int:
+    things, parts = images_in(response), [c for c in clauses(response) if len(c) >= 3]
+    return 2 if things == 0 or (things == 1 and len(parts) < 2) else 0
+
+
 def _short(query: str, response: str) -> int:
     return 2 if len(response) < 28 else 0
 
@@ -228,6 +233,8 @@ class Flaw:
         if "pattern" in entry:
             pattern = re.compile(entry["pattern"])
             detect = lambda query, response: 2 if pattern.search(response) else 0  # noqa: E731
+        if "replace_by" in entry:
+            write = lambda text, rng: rng.choice(entry["replace_by"])  # noqa: E731
         if "begin_with" in entry:
             write = lambda text, rng: rng.choice(entry["begin_with"]) + text  # noqa: E731
         if "end_with" in entry:
@@ -240,7 +247,7 @@ FLAWS = {name: Flaw.from_lexicon(name, entry) for name, entry in LEXICON["flaws"
 
 
 def flaws_of(query: str, response: str) -> dict[str, int]:
-    """Every flaw that the critic can find, with how sure it is: 1 a hint, 2 clearly. Length alone is no flaw."""
+    """Every flaw that the critic can find, with how sure it is: 1 a hint, 2 clearly. Shortness alone is none."""
     found = {name: flaw.detect(query, response) for name, flaw in FLAWS.items() if name != "short"}
     return {name: sure for name, sure in found.items() if sure}
 
@@ -385,6 +392,8 @@ def reflector(rules: list[str], data: dict) -> dict:
         worst = max(missed, key=lambda name: (missed[name], name))
         return {"lesson": "补上：" + FLAWS[worst].rule}
     too_strict = [name for name in on if FLAWS[name].detect(query, response) == 2]
+    if "short" in too_strict:  # what such a rule is after is another thing
+        return {"lesson": f"过严，删去：{FLAWS['short'].rule}。补上：{FLAWS['empty'].rule}"}
     return {"lesson": "过严，删去：" + FLAWS[too_strict[0]].rule if too_strict else "准则不变"}
 
 
@@ -395,8 +404,9 @@ def optimiser(rules: list[str], data: dict) -> dict:
     understood = flaws_of_strategy if strategies else lambda rule: flaws_spoken_of([rule])
     on, votes = {n for rule in data["rules"] for n in understood(rule)}, Counter()
     for item in data["feedback"]:
-        for name in understood(item):
-            votes[name] += -1 if re.match("过严|被识破", item) else 1
+        against, _, towards = item.partition("补上：") if re.match("过严|被识破", item) else ("", "", item)
+        votes.update(understood(towards))
+        votes.subtract(understood(against))
     untried = [n for n, flaw in FLAWS.items() if flaw.write and n not in on][:3] if strategies else []
     on = (on | {n for n, v in votes.items() if v > 0} | set(untried)) - {n for n, v in votes.items() if v < 0}
     kept = [rule for rule in data["rules"] if not understood(rule)]  # what it does not understand it leaves alone

@@ -239,6 +239,7 @@ def add_run_flags(parser) -> None:
 
 def parse(parser, offline: dict):
     """Parse the command line; with --offline the defaults in `offline` stand in for the paper's settings."""
+    parser.error = lambda message: fail(f"{message}; see --help")
     if parser.parse_known_args()[0].offline:
         parser.set_defaults(**offline)
     return parser.parse_args()
@@ -316,6 +317,25 @@ def rate(right: float, n: int) -> dict:
     return {"value": round(p, 4), "lo": round(max(0.0, lo), 4), "hi": round(min(1.0, hi), 4), "n": n}
 
 
+PARTS = {"reflect": 0.4, "validation": 0.3, "test": 0.3}  # shares of the labelled queries
+
+
+def split_labelled(rows: list[Labelled], seed: int) -> dict[str, list[Labelled]]:
+    """The three fixed parts; a query, and so a contrast pair, is in one part only."""
+    parts: dict[str, list[Labelled]] = {name: [] for name in PARTS}
+    for row in rows:
+        place, edge = int(digest(seed, row.query), 16) / 16**16, 0.0
+        for name, share in PARTS.items():
+            edge += share
+            if place < edge or name == "test":
+                parts[name].append(row)
+                break
+    for name, part in parts.items():
+        if len({row.label for row in part}) < 2 or len(part) < 30:
+            fail(f"the {name} part has {len(part)} labelled rows; at least 30, of both labels, are needed: add rows")
+    return parts
+
+
 def agreement(labels: list[int], verdicts: list[int | None]) -> dict:
     """How well verdicts agree with labels; rows without a verdict are counted as failed and left out.
 
@@ -348,7 +368,7 @@ def agreement(labels: list[int], verdicts: list[int | None]) -> dict:
 
 
 def write_summary(run: Path, name: str, started: float, settings: dict, figures: dict) -> dict:
-    """Write NAME_summary.json: the figures, how long it took, with which settings and which versions."""
+    """Write NAME.json: the figures, how long it took, with which settings and which versions."""
     versions = {}
     for package in ("torch", "transformers", "trl", "peft", "bitsandbytes", "vllm", "openai"):
         try:
@@ -357,11 +377,11 @@ def write_summary(run: Path, name: str, started: float, settings: dict, figures:
             continue
     summary = figures | {"seconds": round(time.time() - started, 1), "settings": settings, "versions": versions}
     text = json.dumps(summary, ensure_ascii=False, indent=1, default=str)
-    replace_file(run / f"{name}_summary.json", text + "\n")
+    replace_file(run / f"{name}.json", text + "\n")
     return summary
 
 
 def read_summary(run: Path, name: str) -> dict:
     """What write_summary wrote, or {} where that script has not run."""
-    path = run / f"{name}_summary.json"
+    path = run / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
