@@ -47,7 +47,7 @@ from common.records import (
 OFFLINE = {
     "bits": 16,
     "samples": 5,
-    "max_tokens": 64,
+    "max_tokens": 48,
     "batch_size_generate": 256,
 }  # what --offline sets; the tiny model's greetings are short
 ROLES = ["positive", "negative", "judge", "reflect"]

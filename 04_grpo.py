@@ -38,8 +38,8 @@ from common.records import (
 )  # fmt: skip
 
 OFFLINE = {
-    "bits": 16, "sft_epochs": 3, "sft_learning_rate": 2e-3, "sft_batch_size": 16, "learning_rate": 2e-3, "samples": 8,
-    "queries_per_step": 16, "mini_batch": 16, "micro_batch": 128, "max_tokens": 64, "steps": 40,
+    "bits": 16, "sft_epochs": 3, "sft_learning_rate": 2e-3, "learning_rate": 2e-3, "samples": 8, "queries_per_step": 12,
+    "mini_batch": 12, "micro_batch": 96, "max_tokens": 48, "steps": 32,
 }  # fmt: skip
 NAMES = {"none": "policy_sft", "rm": "policy_rm", "judge": "policy_judge"}
 

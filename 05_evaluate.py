@@ -8,8 +8,8 @@ n-grams reach.
 Reads   held-out queries, labelled greetings, the policies, rm/ and principles.jsonl of the run
 Writes  generations.jsonl, scores.jsonl, results.jsonl, report.html, report.md, 05_summary.json; evaluators/, where
         step 1 judges the same greetings
-Paper   arXiv 2508.21476: language 30, creativity 30, emotion 15, culture 15, richness 10; each 1-3. Departures: intervals
-        by bootstrap over queries, length and diversity beside each score, null baselines beside each evaluator.
+Paper   arXiv 2508.21476: language 30, creativity 30, emotion 15, culture 15, richness 10; each 1-3. Departures:
+        intervals by bootstrap over queries; length and diversity beside each score, null baselines beside evaluators.
 Example python 05_evaluate.py --offline --run outputs/mine
 """
 
@@ -47,7 +47,7 @@ from common.records import (
     write_summary,
 )  # fmt: skip
 
-OFFLINE = {"bits": 16, "max_tokens": 64, "batch_size_generate": 260}
+OFFLINE = {"bits": 16, "max_tokens": 48, "batch_size_generate": 260}
 WEIGHTS = {"language": 30, "creativity": 30, "emotion": 15, "culture": 15, "richness": 10}  # of the five dimensions
 EXCELLENT = 2.0  # least weighted mean of the grades
 POLICIES = {"base": None, "sft": "policy_sft", "grpo_rm": "policy_rm", "grpo_judge": "policy_judge"}

@@ -158,7 +158,8 @@ def main(args: argparse.Namespace) -> int:
     replace_file(args.out / "audit.json", json.dumps(audit, ensure_ascii=False, indent=1) + "\n")
     print()
     for name, r in audit.items():
-        print(f"{r['value']:7.1%}  [{r['lo']:.1%}, {r['hi']:.1%}]  of {r['n']:5}  {name}")
+        if r["n"]:
+            print(f"{r['value']:7.1%}  [{r['lo']:.1%}, {r['hi']:.1%}]  of {r['n']:5}  {name}")
     return 0
 
 

@@ -1,0 +1,138 @@
+"""A small OpenAI-compatible endpoint on 127.0.0.1 that answers, or misbehaves, as told, and counts what it is asked.
+
+with endpoint(status(429, retry_after=7), chat('{"points": []}')) as server:
+    ...  # ask server.url; the replies come in order, the last one for ever
+    assert len(server.asked) == 2
+"""
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+from common.llm import PROMPTS
+
+TOKENS = (11, 7)  # (prompt, completion) tokens of every chat answer
+
+
+@dataclass
+class Reply:
+    """What is sent back; with `drop` the endpoint hangs up without a word."""
+
+    status: int = 200
+    body: bytes = b""
+    headers: dict[str, str] = field(default_factory=lambda: {"content-type": "application/json"})
+    drop: bool = False
+
+
+@dataclass
+class Served:
+    """The replies to come, and what was asked so far."""
+
+    url: str
+    replies: list[Reply]
+    models: Reply  # the answer to GET /models
+    dwell: float = 0.0  # seconds before a chat answer is sent
+    asked: list[dict] = field(default_factory=list)  # bodies of the chat requests
+    keys: list[str] = field(default_factory=list)  # Authorization header of every request
+    billed: tuple[int, int] = (0, 0)  # tokens of the chat answers sent
+    under_way: int = 0
+    most_at_once: int = 0
+
+
+def raw(body: object, content_type: str = "application/json") -> Reply:
+    """Any body: bytes as they are, anything else as JSON."""
+    data = body if isinstance(body, bytes) else json.dumps(body, ensure_ascii=False).encode()
+    return Reply(body=data, headers={"content-type": content_type})
+
+
+def chat(content: object, finish_reason: str = "stop", refusal: str | None = None) -> Reply:
+    """A chat completion with this text."""
+    message = {"role": "assistant", "content": content, "refusal": refusal}
+    usage = {"prompt_tokens": TOKENS[0], "completion_tokens": TOKENS[1], "total_tokens": sum(TOKENS)}
+    choice = {"index": 0, "finish_reason": finish_reason, "message": message}
+    return raw(
+        {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage}
+    )
+
+
+def status(code: int, message: str = "told to fail", **headers: object) -> Reply:
+    """An error; `retry_after=7` becomes the header Retry-After: 7."""
+    named = {name.replace("_", "-"): str(value) for name, value in headers.items()}
+    reply = raw({"error": {"message": message}})
+    return Reply(code, reply.body, reply.headers | named)
+
+
+def settings(url: str, **changed: object) -> SimpleNamespace:
+    """What the client needs of a command line, for this endpoint."""
+    usual = {"base_url": url, "model": "m", "api_key_env": "TEST_KEY", "concurrency": 8, "timeout": 30, "attempts": 5}
+    return SimpleNamespace(**usual | {"prompts": PROMPTS, "seed": 0, "offline": False} | changed)
+
+
+@contextmanager
+def endpoint(*replies: Reply) -> Iterator[Served]:
+    """Serve these replies until the block ends."""
+    lock = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            served.keys.append(self.headers.get("authorization", ""))
+            self.send(served.models)
+
+        def do_POST(self) -> None:
+            length = int(self.headers["content-length"])
+            body = self.rfile.read(length)
+            if len(body) < length:
+                raise ConnectionResetError
+            with lock:
+                served.keys.append(self.headers.get("authorization", ""))
+                served.asked.append(json.loads(body))
+                reply = served.replies.pop(0) if len(served.replies) > 1 else served.replies[0]
+                if b'"usage"' in reply.body:
+                    served.billed = (served.billed[0] + TOKENS[0], served.billed[1] + TOKENS[1])
+                served.under_way += 1
+                served.most_at_once = max(served.most_at_once, served.under_way)
+            time.sleep(served.dwell)
+            with lock:
+                served.under_way -= 1  # before the answer: the next request may come as soon as that is read
+            self.send(reply)
+
+        def send(self, reply: Reply) -> None:
+            if reply.drop:
+                self.close_connection = True
+                return
+            self.send_response(reply.status)
+            for name, value in reply.headers.items():
+                self.send_header(name, value)
+            self.send_header("content-length", str(len(reply.body)))
+            self.end_headers()
+            self.wfile.write(reply.body)
+
+        def log_message(self, *args: object) -> None:
+            pass  # stderr belongs to what is tested
+
+    class Loopback(ThreadingHTTPServer):
+        request_queue_size = 64
+
+        def handle_error(self, request: object, client_address: object) -> None:
+            if not isinstance(sys.exception(), ConnectionError):  # a client may hang up
+                super().handle_error(request, client_address)
+
+    http = Loopback(("127.0.0.1", 0), Handler)
+    models = raw({"object": "list", "data": []})
+    served = Served(f"http://127.0.0.1:{http.server_port}/v1", list(replies), models)
+    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield served
+    finally:
+        http.shutdown()
+        http.server_close()
+        thread.join()
