@@ -18,6 +18,8 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+import jsonlines
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.llm import PROMPTS
 from common.models import NgramClassifier, conversation, length_rule
@@ -35,24 +37,33 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def present(folder: Path, name: str) -> Path:
+    path = folder / name
+    return (
+        path
+        if path.is_file()
+        else fail(f"{path} does not exist; clone the authors' repository: git clone {REPOSITORY}")
+    )
+
+
 def read_json(folder: Path, name: str) -> list[dict]:
     """A list of objects, written either as one JSON array or one object a line."""
-    path = folder / name
-    if not path.is_file():
-        fail(f"{path} does not exist; clone the authors' repository: git clone {REPOSITORY}")
+    path = present(folder, name)
     text = path.read_text(encoding="utf-8")
     try:
-        whole = text.lstrip().startswith("[")
-        return json.loads(text) if whole else [json.loads(line) for line in text.splitlines() if line.strip()]
-    except json.JSONDecodeError as e:
-        fail(f"{path}:{e.lineno}: not JSON ({e.msg}); clone the authors' repository again: git clone {REPOSITORY}")
+        if text.lstrip().startswith("["):
+            return json.loads(text)
+        return list(jsonlines.Reader(text.splitlines()).iter(type=dict, skip_empty=True))
+    except (json.JSONDecodeError, jsonlines.InvalidLineError) as e:
+        fail(f"{path}:{e.lineno}: not JSON; clone the authors' repository again: git clone {REPOSITORY}")
 
 
 def grpo_queries(folder: Path, name: str) -> list[str]:
     """The queries of a parquet file of RL prompts, without the sentence that stands before each."""
     import pyarrow.parquet
 
-    prompts = pyarrow.parquet.read_table(folder / "grpo_data" / name, columns=["prompt"]).to_pydict()["prompt"]
+    table = pyarrow.parquet.read_table(present(folder, f"grpo_data/{name}"), columns=["prompt"])
+    prompts = table.to_pydict()["prompt"]
     return [prompt[0]["content"].removeprefix("请只生成一条祝福语：") for prompt in prompts]
 
 
@@ -96,7 +107,7 @@ def main(args: argparse.Namespace) -> int:
     demonstrations = [(r["instruction"], r["output"]) for r in read_json(folder, "sft/sft_data.json")]
     labelled = [Labelled(**r) for r in read_json(folder, "evaluation_set/evaluate_data.json")]
     queries = {side: grpo_queries(folder, f"{side}.parquet") for side in ("train", "test")}
-    every = (folder / "random_query.txt").read_text(encoding="utf-8").splitlines()
+    every = present(folder, "random_query.txt").read_text(encoding="utf-8").splitlines()
 
     chosen = {(q, c) for q, c, _ in triples["train"]}
     chosen_texts = {c for side in triples.values() for _, c, _ in side}

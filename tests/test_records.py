@@ -75,7 +75,7 @@ def test_ids_are_stable_and_differ_with_content() -> None:
     assert len({Candidate(query=q, response=r).id for q in "ab" for r in "cd"} | {Query(query=q).id for q in "ab"}) == 6
     said = [[{"role": "assistant", "content": c}] for c in "ab"]
     pair = {"prompt": [{"role": "user", "content": "q"}], "chosen": said[0], "rejected": said[1]}
-    assert Preference(**pair).id == Preference(**pair, why="w").id
+    assert Preference(**pair).id == Preference(**pair | {"why": "w", "prompt": [{"content": "q", "role": "user"}]}).id
     assert Preference(**pair).id != Preference(**pair | {"chosen": said[1], "rejected": said[0]}).id
 
 
