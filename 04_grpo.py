@@ -141,9 +141,8 @@ class Rewards:
             self.rollouts.write(json.dumps(row, ensure_ascii=False) + "\n")
         self.rollouts.flush()
         if missing > len(found) / 2:
-            fail(
-                f"{missing} of {len(found)} judgements of a step failed ({found[-1][1]}); mend the endpoint, run again"
-            )
+            why = next(reason for reward, reason in found if reward is None)
+            raise llm.Refused(f"{missing} of {len(found)} judgements of a step {why}; mend the endpoint, run again")
         return [reward for reward, _ in found]
 
 
@@ -184,7 +183,10 @@ def grpo(args: argparse.Namespace, base: str) -> dict:
 
     trainer._generate = timed_generate
     started = time.perf_counter()
-    trainer.train()
+    try:
+        trainer.train()
+    except llm.Refused as e:
+        fail(str(e))
     total = time.perf_counter() - started
     trainer.model.save_pretrained(args.run / NAMES[args.reward], selected_adapters=["default"])
     mean = [log["reward"] for log in trainer.state.log_history if "reward" in log]

@@ -13,12 +13,14 @@ import re
 import sqlite3
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
+from weakref import WeakValueDictionary
 
 import jinja2
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import jinja2.meta
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from common.records import ROOT, Messages, digest, fail, file_hash
+from common.records import ROOT, Messages, Record, digest, fail, file_hash, read
 
 PROMPTS = ROOT / "prompts"
 MAX_WAIT = 60.0  # seconds; the longest pause between two attempts, whatever Retry-After says
@@ -43,9 +45,16 @@ class Points(Answer):
     points: list[str]
 
 
+def plain_int(value: object) -> object:
+    """Refuses true and 1.0, which Python takes for 1."""
+    if type(value) is not int:
+        raise ValueError("not an integer")
+    return value
+
+
 class Verdict(Answer):
     reason: str
-    verdict: Literal[0, 1]
+    verdict: Annotated[Literal[0, 1], BeforeValidator(plain_int)]
 
 
 class FlawedGreeting(Answer):
@@ -61,7 +70,7 @@ class Rules(Answer):
     rules: list[str] = Field(min_length=1, max_length=10)
 
 
-Grade = Literal[1, 2, 3]
+Grade = Annotated[Literal[1, 2, 3], BeforeValidator(plain_int)]
 
 
 class Grades(Answer):
@@ -77,31 +86,45 @@ class Unusable(Exception):
     """An answer that cannot be used, or none at all; str() is the reason."""
 
 
+class Refused(Exception):
+    """The endpoint will answer nobody: the whole run has to stop; str() says why and what to do."""
+
+
 # ---- prompts --------------------------------------------------------------------------------------------------------
 
 
 @lru_cache
-def _templates(path: Path) -> list[jinja2.Template]:
+def _templates(path: Path) -> tuple[list[jinja2.Template], set[str]]:
+    """(the templates above and below the `---` of a prompt file, the names of its slots)."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     # `tojson` writes < and > as \u003c and \u003e: what is judged cannot close the <data> it stands in.
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
     if not path.is_file():
         fail(f"{path} does not exist; restore it with: git checkout {path}")
     try:
-        parts = re.split(r"^---\n", path.read_text(encoding="utf-8"), flags=re.M)
-        return [environment.from_string(part.strip()) for part in parts]
+        text = path.read_text(encoding="utf-8")
+        parts = re.split(r"^---\n", text, flags=re.M)
+        slots = jinja2.meta.find_undeclared_variables(environment.parse(text))
+        templates = [environment.from_string(part.strip()) for part in parts]
     except jinja2.TemplateSyntaxError as e:
         fail(f"{path}:{e.lineno}: {e.message}")
+    except UnicodeDecodeError:
+        fail(f"{path}: not UTF-8; save the file as UTF-8")
+    if len(parts) > 2:
+        fail(f"{path}: more than one line '---'; one parts the system message from the user's")
+    return templates, slots
 
 
 def render(role: str, folder: Path = PROMPTS, **slots) -> Messages:
     """The messages of a role: what stands above `---` in its file is the system message, the rest the user's."""
     path = folder / f"{role}.md"
-    templates = _templates(path)
+    templates, wanted = _templates(path)
+    if missing := sorted(wanted - slots.keys()):
+        fail(f"{path}: no slot {', '.join(missing)} here; the slots are {', '.join(sorted(slots))}")
     try:
         texts = [template.render(**slots) for template in templates]
-    except jinja2.UndefinedError as e:
-        fail(f"{path}: {e.message}; slots here: {', '.join(sorted(slots))}")
+    except (jinja2.UndefinedError, TypeError) as e:
+        fail(f"{path}: {e}; the slots are {', '.join(sorted(slots))}")
     roles = ["user"] if len(texts) == 1 else ["system", "user"]
     return [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]
 
@@ -119,12 +142,23 @@ def read_rules(path: Path) -> list[str]:
     return rules or fail(f"{path} holds no rule; write one a line, each beginning with '- '")
 
 
+class Version(Record):
+    """A line of principles.jsonl, as far as the judge needs it."""
+
+    principles: list[str] = Field(min_length=1)
+    accepted: bool
+
+    def content(self) -> tuple:
+        return (self.principles, self.model_extra.get("version"))
+
+
 def current_principles(path: Path) -> list[str]:
     """The principles of the last accepted version in principles.jsonl."""
-    if not path.is_file():
-        fail(f"{path} does not exist; make it with: python 03_refine_judge.py --run {path.parent}")
-    versions = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [version for version in versions if version["accepted"]][-1]["principles"]
+    made_by = f"python 03_refine_judge.py --run {path.parent}"
+    versions = [v.principles for v in read(path, Version, made_by) if v.accepted]
+    return (
+        versions[-1] if versions else fail(f"{path} has no accepted version; make it again: 03_refine_judge.py --redo")
+    )
 
 
 # ---- the client -----------------------------------------------------------------------------------------------------
@@ -203,7 +237,7 @@ class Client:
         self.prompts, self.seed, self.attempts = args.prompts, args.seed, args.attempts
         self.store = Store(run / "answers.sqlite")
         self.slots = asyncio.Semaphore(args.concurrency)
-        self.flying: dict[str, asyncio.Future] = {}
+        self.asking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         transport = None
         self.model, self.endpoint = endpoint_name(args)
         if args.offline:
@@ -230,12 +264,14 @@ class Client:
                 fail(f"{self.endpoint} refuses the key; set the variable that --api-key-env names")
             except openai.APIConnectionError:
                 fail(f"nothing answers at {self.endpoint}; start a server, name one with --base-url, or use --offline")
-            except openai.APIError:
+            except (openai.APIError, AttributeError, TypeError, ValueError):
                 pass  # not every server lists its models
         return self
 
-    async def __aexit__(self, *exc):
+    async def __aexit__(self, kind, error, traceback):
         await self.close()
+        if isinstance(error, Refused):
+            fail(str(error))
 
     async def close(self) -> None:
         await self.openai.close()
@@ -256,23 +292,15 @@ class Client:
             "response_format": {"type": "json_schema", "json_schema": schema},
         }
         key = digest(self.endpoint, request)
-        if hit := self.store.get(key):
-            return parsed(answer, *hit)
-        if key in self.flying:  # the same question is being asked: wait for that answer
-            return parsed(answer, *await asyncio.shield(self.flying[key]))
-        self.flying[key] = asyncio.get_running_loop().create_future()
-        try:
-            async with self.slots:
-                found = await self._insist(role, request, answer)
-            self.store.put(key, *found)
-            self.flying[key].set_result(found)
+        async with self.asking.setdefault(
+            key, asyncio.Lock()
+        ):  # the same question at once: the second finds the answer
+            found = self.store.get(key)
+            if not found:
+                async with self.slots:
+                    found = await self._insist(role, request, answer)
+                self.store.put(key, *found)
             return parsed(answer, *found)
-        except BaseException as e:
-            self.flying[key].set_exception(e)
-            self.flying[key].exception()  # seen: nobody has to wait for it
-            raise
-        finally:
-            del self.flying[key]
 
     async def _insist(self, role: str, request: dict, answer: type[BaseModel]) -> tuple[str, int, int]:
         """Attempt the request until a usable answer comes, as often as --attempts allows; every attempt is booked."""
@@ -282,21 +310,22 @@ class Client:
             wait, used = min(MAX_WAIT, 0.5 * 2**attempt) * random.uniform(0.5, 1.0), (0, 0)
             try:
                 completion = await self.openai.chat.completions.create(**request)
-                used = (
-                    (completion.usage.prompt_tokens, completion.usage.completion_tokens) if completion.usage else used
-                )
+                if usage := completion.usage:
+                    used = (usage.prompt_tokens or 0, usage.completion_tokens or 0)
                 text = usable_text(completion, answer)
                 self.store.book(role, "ok", *used)
                 return text, *used
             except (openai.AuthenticationError, openai.PermissionDeniedError):
-                fail(f"{self.endpoint} refuses the key; set the variable that --api-key-env names")
+                self.store.book(role, "refused")
+                raise Refused(f"{self.endpoint} refuses the key; set the variable that --api-key-env names") from None
             except openai.NotFoundError:
-                fail(f"{self.endpoint} has no model {self.model}; name one that it serves with --model")
+                self.store.book(role, "refused")
+                raise Refused(f"{self.endpoint} has no model {self.model}; name one it serves with --model") from None
             except Unusable as e:
                 reason, wait, last = str(e), 0.0, attempt >= 3 or str(e) in ("cut at the token limit", "content filter")
-                request = request | {
-                    "seed": request["seed"] + 1_000_003
-                }  # the same question again would be cut the same
+                request = request | {"seed": request["seed"] + 1_000_003}  # the same seed brings the same answer
+            except (AttributeError, TypeError, ValueError):
+                reason, wait, last = "not a chat completion", 0.0, attempt >= 3
             except openai.RateLimitError as e:
                 reason, wait, last = "rate limit", retry_after(e.response.headers, wait), False
             except openai.APITimeoutError:

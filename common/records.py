@@ -182,14 +182,14 @@ class Appender:
         for number, line in enumerate(self.file, 1):
             try:
                 self.done.add(json.loads(line)["id"])
-                torn = not line.endswith(b"\n")
             except (ValueError, KeyError, TypeError):
-                torn = True
-            if torn and self.file.peek(1):
-                fail(f"{path}:{number}: not a record; the file was changed by hand: mend or delete that line")
-            if torn:
+                if self.file.peek(1):
+                    fail(f"{path}:{number}: not a record; the file was changed by hand: mend or delete that line")
                 break
             good += len(line)
+            if not line.endswith(b"\n"):  # whole but for its end
+                self.file.write(b"\n")
+                good += 1
         self.file.truncate(good)
 
     def __call__(self, record: Record) -> None:
@@ -247,7 +247,10 @@ def parse(parser, offline: dict):
 
 def open_run(run: Path) -> Path:
     """Make the run folder and hold it until this process ends; a second process is refused."""
-    run.mkdir(parents=True, exist_ok=True)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        fail(f"cannot make the folder {run}: {e.strerror}; choose another with --run")
     lock = open(run / ".lock", "a")  # noqa: SIM115 - held until the process ends
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -288,7 +291,7 @@ class Stage:
                     f"{run / outputs[0]} was made with {before}, this call has {now}; nothing was changed: add --redo "
                     f"to make it again (the old one moves to {run / 'replaced'}), or choose another folder with --run"
                 )
-            aside = run / "replaced" / time.strftime("%Y%m%d-%H%M%S") / name
+            aside = run / "replaced" / f"{name}-{time.time_ns()}"
             aside.mkdir(parents=True)
             for output in present:
                 shutil.move(run / output, aside / output)
@@ -296,8 +299,8 @@ class Stage:
             old = None
         elif not old and present:
             fail(f"{run / present[0]} is there, but not how it was made; move it away, or choose another --run")
-        self.done = bool(old and old["done"] and present)
-        if not old:
+        self.done = bool(old and old["done"] and len(present) == len(outputs))
+        if not self.done:  # also where it was done once and an output is gone
             self._save(done=False)
 
     def _save(self, done: bool) -> None:
