@@ -34,7 +34,6 @@ from common.records import (
     Stage,
     add_run_flags,
     digest,
-    fail,
     file_hash,
     open_run,
     parse,
@@ -44,12 +43,8 @@ from common.records import (
     write_summary,
 )  # fmt: skip
 
-OFFLINE = {
-    "bits": 16,
-    "samples": 5,
-    "max_tokens": 48,
-    "batch_size_generate": 256,
-}  # what --offline sets; the tiny model's greetings are short
+# What --offline sets; the tiny model's greetings are short.
+OFFLINE = {"bits": 16, "samples": 8, "max_tokens": 48, "batch_size_generate": 256}
 ROLES = ["positive", "negative", "judge", "reflect"]
 
 
@@ -81,8 +76,11 @@ def parse_args() -> argparse.Namespace:
 # ---- candidates -----------------------------------------------------------------------------------------------------
 
 
-def sample_candidates(args: argparse.Namespace, queries: list[Query]) -> None:
-    """Write candidates.jsonl: --samples greetings from the policy for each query; goes on where it was."""
+def sample_candidates(args: argparse.Namespace, queries: list[Query]) -> bool:
+    """Write candidates.jsonl: --samples greetings from the policy for each query; goes on where it was.
+
+    Returns whether all of it was there already.
+    """
     policy = models.policy_path(args) if args.samples else ""
     stage = Stage(
         args.run, "01_candidates", ["candidates.jsonl"],
@@ -93,13 +91,13 @@ def sample_candidates(args: argparse.Namespace, queries: list[Query]) -> None:
         args.redo,
     )  # fmt: skip
     if stage.done:
-        return
+        return True
     path = args.run / "candidates.jsonl"
     with Appender(path) as append:
         for file in args.candidates:
-            for given in read(file, Candidate):
+            for given in read(file, Candidate, unique=False):
                 label = {"given_label": given.label} if hasattr(given, "label") else {}
-                kept = given.model_dump(include=set(Candidate.model_fields))
+                kept = given.model_dump(include=set(Candidate.model_fields) - {"query_id"})
                 if given.id not in append.done:
                     append(Candidate.model_validate(kept | label | {"source": given.source or file.name}))
         slots = [(query, n) for query in queries for n in range(args.samples)]
@@ -123,6 +121,7 @@ def sample_candidates(args: argparse.Namespace, queries: list[Query]) -> None:
                         response=text or "（空）", source=Path(policy).name, temperature=args.temperature,
                     ))  # fmt: skip
     stage.finish()
+    return False
 
 
 # ---- the five agents ------------------------------------------------------------------------------------------------
@@ -182,8 +181,11 @@ async def judge_one(
     return record
 
 
-def judge_candidates(args: argparse.Namespace, candidates: list[Candidate]) -> None:
-    """Write judgements.jsonl, one line a distinct candidate as its verdict comes; goes on where it was."""
+def judge_candidates(args: argparse.Namespace, candidates: list[Candidate]) -> bool:
+    """Write judgements.jsonl, one line a distinct candidate as its verdict comes; goes on where it was.
+
+    Returns whether all of it was there already.
+    """
     from tqdm import tqdm
 
     stage = Stage(
@@ -195,9 +197,13 @@ def judge_candidates(args: argparse.Namespace, candidates: list[Candidate]) -> N
         args.redo,
     )  # fmt: skip
     if stage.done:
-        return
+        return True
     retrieve = None if args.no_retrieval else Retrieval(read(args.references, Reference))
-    with Appender(args.run / "judgements.jsonl") as append:
+    path = args.run / "judgements.jsonl"
+    if path.is_file() and path.stat().st_size:  # what failed last time is asked again
+        write(path, [record for record in read(path, Judgement) if not record.error])
+    failed = 0
+    with Appender(path) as append:
         todo = [c for c in candidates if c.id not in append.done]
 
         async def judge_all() -> None:
@@ -207,7 +213,10 @@ def judge_candidates(args: argparse.Namespace, candidates: list[Candidate]) -> N
             async def worker() -> None:
                 for candidate in queue:  # the workers share one iterator: nobody waits for the slowest
                     examples = retrieve(candidate.query, candidate.response, args.examples) if retrieve else []
-                    append(await judge_one(args, client, examples, candidate))
+                    record = await judge_one(args, client, examples, candidate)
+                    append(record)
+                    nonlocal failed
+                    failed += record.error is not None
                     bar.update()
 
             async with llm.Client(args, args.run) as client:
@@ -215,7 +224,9 @@ def judge_candidates(args: argparse.Namespace, candidates: list[Candidate]) -> N
             bar.close()
 
         asyncio.run(judge_all())
-    stage.finish()
+    if not failed:
+        stage.finish()
+    return False
 
 
 # ---- rejection sampling: pairs and demonstrations -------------------------------------------------------------------
@@ -229,7 +240,7 @@ def choose_pairs(args: argparse.Namespace, judged: list[Judgement]) -> list[Pref
     """
     groups: dict[str, list[Judgement]] = {}
     for record in judged:
-        groups.setdefault(record.query_id, []).append(record)
+        groups.setdefault(record.query, []).append(record)
     possible = [
         (good, bad)
         for group in groups.values()
@@ -257,7 +268,7 @@ def choose_pairs(args: argparse.Namespace, judged: list[Judgement]) -> list[Pref
 
 def choose_demonstrations(args: argparse.Namespace, judged: list[Judgement]) -> list[Demonstration]:
     """The best accepted greeting of each query; no opening of two characters may begin more than 6% of them."""
-    best: dict[str, Judgement] = {}
+    best: dict[str, tuple[int, Judgement]] = {}
     for record in judged:
         strengths = len(record.positive) - len(record.negative)
         if record.label == 1 and (record.query_id not in best or strengths > best[record.query_id][0]):
@@ -269,9 +280,8 @@ def choose_demonstrations(args: argparse.Namespace, judged: list[Judgement]) -> 
         if openings[opening] <= max(1, 0.06 * len(best)):
             completion = [{"role": "assistant", "content": record.response}]
             prompt = models.conversation(record.query, args.prompts)
-            rows.append(
-                Demonstration(prompt=prompt, completion=completion, query=record.query, query_id=record.query_id)
-            )
+            ids = {"query_id": record.query_id, "candidate_id": record.id}
+            rows.append(Demonstration(prompt=prompt, completion=completion, query=record.query, **ids))
     return rows
 
 
@@ -279,10 +289,20 @@ def main(args: argparse.Namespace) -> int:
     started = time.time()
     queries = read(args.queries, Query) if args.samples else []
     open_run(args.run)
-    sample_candidates(args, queries)
+    llm.Client.probe(args, args.run)
+    done = sample_candidates(args, queries)
     candidates = read(args.run / "candidates.jsonl", Candidate)
     distinct = list({(c.query, c.response): c for c in reversed(candidates)}.values())[::-1]
-    judge_candidates(args, distinct)
+    done &= judge_candidates(args, distinct)
+    stage = Stage(
+        args.run, "01_pairs", ["preferences.jsonl", "sft.jsonl", "fates.jsonl", "01_summary.json"],
+        {"judgements": file_hash(args.run / "judgements.jsonl"), "uses": args.uses,
+         "prompts": llm.prompt_hashes(["policy"], args.prompts)},
+        redo=True,  # nothing is lost: what these are made from is kept
+    )  # fmt: skip
+    if done and stage.done:
+        print(f"01: done already, see {args.run / '01_summary.json'}")
+        return 0
 
     judged = read(args.run / "judgements.jsonl", Judgement)
     pairs, demonstrations = choose_pairs(args, judged), choose_demonstrations(args, judged)
@@ -291,7 +311,8 @@ def main(args: argparse.Namespace) -> int:
     fates = {c.id: "duplicate" for c in candidates} | {
         r.id: "failed" if r.error else "accepted, not needed" if r.label else "rejected, not needed" for r in judged
     }
-    fates |= {i: "pair" for p in pairs for i in (p.chosen_id, p.rejected_id)}
+    used = {i: "pair" for p in pairs for i in (p.chosen_id, p.rejected_id)}
+    fates |= used | {d.candidate_id: "pair, sft" if d.candidate_id in used else "sft" for d in demonstrations}
     write(args.run / "fates.jsonl", ({"id": i, "fate": fate} for i, fate in fates.items()))
 
     heard = [r for r in judged if r.label is not None]
@@ -310,14 +331,15 @@ def main(args: argparse.Namespace) -> int:
     if given:
         figures["agreement_with_given_labels"] = rate(sum(r.label == r.given_label for r in given), len(given))
     write_summary(args.run, "01_summary", started, vars(args), figures)
+    stage.finish()
     accepted, longer = (figures[key]["value"] or 0 for key in ("accepted", "longer_wins"))
     print(f"01: {len(judged)} greetings judged, {accepted:.0%} accepted; {len(pairs)} pairs, longer wins {longer:.0%}; "
           f"{len(demonstrations)} SFT rows in {args.run}")  # fmt: skip
     if failures := sum(figures["failures"].values()):
-        print(f"01: {failures} judgements failed, {dict(figures['failures'])}; in judgements.jsonl they have no label")
+        print(f"01: {failures} judgements failed, {dict(figures['failures'])}; run again to ask them again")
         return 3
     if not pairs:
-        fail("no query has both an accepted and a rejected candidate; raise --samples, or --temperature")
+        print("01: no query has both an accepted and a rejected candidate: no pairs; raise --samples or --temperature")
     return 0
 
 

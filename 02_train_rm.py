@@ -42,7 +42,7 @@ from common.records import (
 )  # fmt: skip
 
 OFFLINE = {
-    "bits": 16, "epochs": 1, "learning_rate": 3e-3, "batch_size": 32, "accumulation": 1, "max_length": 256,
+    "bits": 16, "epochs": 2, "learning_rate": 2e-3, "batch_size": 32, "accumulation": 1, "max_length": 256,
 }  # fmt: skip
 
 
@@ -57,7 +57,11 @@ def parse_args() -> argparse.Namespace:
         "--score", type=Path, metavar="FILE", help="train nothing: print FILE with a score added to each row"
     )
     parser.add_argument(
-        "--derived", type=int, default=2, help="pairs with a spoilt chosen text for each pair; 0: none (%(default)s)"
+        "--derived",
+        type=int,
+        choices=range(6),
+        default=1,
+        help="pairs with a spoilt chosen text for each pair; 0: none (%(default)s)",
     )
     parser.add_argument("--rank", type=int, default=16, help="LoRA rank (%(default)s)")
     parser.add_argument("--learning-rate", type=float, default=2e-4, help="%(default)s")
@@ -85,11 +89,17 @@ def split_by_query(args: argparse.Namespace) -> tuple[list[Preference], list[Pre
     return sides
 
 
+def another(rng: random.Random, pairs: list[Preference], prompt: str) -> str:
+    """A chosen text of another query."""
+    texts = [pair.texts for pair in rng.sample(pairs, min(len(pairs), 20))]
+    return next((chosen for asked, chosen, _ in texts if asked != prompt), "")
+
+
 def derived_pairs(args: argparse.Namespace, pairs: list[Preference]) -> list[Preference]:
     """--derived more pairs for each pair: its chosen text against a spoilt form of it, which no pair would show.
 
-    Without them a reward model has never seen a text pasted twice, and likes it. The wordings differ from those of
-    ATTACKS, which are kept for the test.
+    Without them a reward model has never seen a text pasted twice, and likes it. The kinds are those of ATTACKS; only
+    the wordings of the flattery, the places and the lengths differ.
     """
     rng = random.Random(args.seed)
 
@@ -113,7 +123,7 @@ def derived_pairs(args: argparse.Namespace, pairs: list[Preference]) -> list[Pre
     more = []
     for pair in pairs:
         for spoil in rng.sample(spoilers, args.derived):
-            spoilt = spoil(pair.texts[1], rng.choice(pairs).texts[1])
+            spoilt = spoil(pair.texts[1], another(rng, pairs, pair.texts[0]))
             if spoilt != pair.texts[1]:
                 rejected = [{"role": "assistant", "content": spoilt}]
                 more.append(Preference(prompt=pair.prompt, chosen=pair.chosen, rejected=rejected, why="derived"))
@@ -142,7 +152,7 @@ def train(args: argparse.Namespace, pairs: list[Preference], test: list[Preferen
         model=model, args=config, train_dataset=rows(pairs), eval_dataset=rows(test), processing_class=tokenizer,
         peft_config=models.lora(args.rank, 2 * args.rank, "SEQ_CLS", modules_to_save=["score"]), callbacks=[bar],
     )  # fmt: skip
-    models.keep_quiet(trainer)
+    models.prepare(trainer)
     if len(trainer.train_dataset) < len(pairs):
         print(
             f"02: {len(pairs) - len(trainer.train_dataset)} pairs longer than --max-length {args.max_length} left out"
@@ -182,6 +192,7 @@ def evaluate(args: argparse.Namespace, pairs: list[Preference], test: list[Prefe
     """Score the test pairs and their attacked chosen texts; write rm_eval.jsonl and rm/calibration.json."""
     import numpy as np
 
+    (args.run / "rm" / "calibration.json").unlink(missing_ok=True)  # of a run that was killed; made anew below
     rm = models.RewardModel(args.run / "rm", base, args.bits, args.prompts)
     good = rm.score_conversations([p.prompt + p.chosen for p in test])
     bad = rm.score_conversations([p.prompt + p.rejected for p in test])
@@ -202,7 +213,7 @@ def evaluate(args: argparse.Namespace, pairs: list[Preference], test: list[Prefe
     }  # fmt: skip
     rng = random.Random(args.seed)
     for attack in ATTACKS:
-        attacked = [attack(chosen, rng, rng.choice(texts)[1]) for _, chosen, _ in texts]
+        attacked = [attack(p.texts[1], rng, another(rng, test, p.texts[0])) for p in test]
         kept = [i for i, text in enumerate(attacked) if text != texts[i][1]]
         against = rm.score_conversations(
             [[*test[i].prompt, {"role": "assistant", "content": attacked[i]}] for i in kept]
@@ -233,7 +244,7 @@ def evaluate(args: argparse.Namespace, pairs: list[Preference], test: list[Prefe
 
 def score_file(args: argparse.Namespace, base: str) -> None:
     """Print every row of --score with its score, in order, a batch at a time."""
-    rows = read(args.score, Candidate)
+    rows = read(args.score, Candidate, unique=False)
     rm = models.RewardModel(args.run / "rm", base, args.bits, args.prompts)
     for start in range(0, len(rows), args.batch_size_generate):
         part = rows[start : start + args.batch_size_generate]

@@ -172,7 +172,7 @@ class Loop:
         batch = rng.sample(self.parts["reflect"], min(self.args.batch, len(self.parts["reflect"])))
 
         rows = [(row.query, row.response, row.label) for row in batch]
-        rows += [(attack["query"], attack["response"], 0) for attack in rng.sample(self.bank, 6)]
+        rows += [(attack["query"], attack["response"], 0) for attack in rng.sample(self.bank, min(6, len(self.bank)))]
 
         async def one(query: str, response: str, expected: int) -> str | None:
             try:
@@ -324,7 +324,7 @@ def main(args: argparse.Namespace) -> int:
     stage.finish()
     shown = {"seed principles": figures["test"]["seed"], "final principles": figures["test"]["final"]}
     for name, f in (shown | {f"baseline: {k}": v for k, v in figures["baselines"].items()}).items():
-        bank = f"; red-team bank accepted {f['false_accept']['value']:.1%}" if "false_accept" in f else ""
+        bank = f"; red-team bank accepted {f['false_accept']['value'] or 0:.1%}" if "false_accept" in f else ""
         interval = f"[{f['kappa_lo']:+.2f}, {f['kappa_hi']:+.2f}]"
         print(f"03: {name:30} kappa {f['kappa']:+.2f} {interval}  n {f['n']}{bank}")
     rounds, accepted = figures["versions"] - 1, figures["accepted"]

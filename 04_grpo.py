@@ -96,7 +96,7 @@ def sft(args: argparse.Namespace, base: str) -> dict:
         train_dataset=Dataset.from_list([r.model_dump(include={"prompt", "completion"}) for r in rows]),
         peft_config=models.lora(args.rank, 2 * args.rank, "CAUSAL_LM"),
     )  # fmt: skip
-    models.keep_quiet(trainer)
+    models.prepare(trainer)
     trainer.train()
     trainer.save_model(str(args.run / NAMES["none"]))
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
@@ -114,6 +114,7 @@ class Rewards:
         else:
             self.principles = llm.current_principles(args.principles)
             self.client = llm.Client(args, args.run)
+            self.before = self.client.store.ledger(["detector"])
 
     async def judged(self, query: str, response: str) -> tuple[float | None, str]:
         """(reward, reason); the reward is None where the judge gave no usable verdict."""
@@ -123,6 +124,8 @@ class Rewards:
             verdict = await llm.judge(self.client, query, response, self.principles)
         except llm.Unusable as e:
             return None, f"failed: {e}"
+        except SystemExit as e:  # would end TRL's thread and leave the trainer waiting for it
+            raise llm.Refused("see the error above") from e
         return float(verdict.verdict), verdict.reason
 
     async def __call__(self, completions: list, query: list[str], trainer_state, **kwargs) -> list[float | None]:
@@ -152,6 +155,10 @@ def grpo(args: argparse.Namespace, base: str) -> dict:
     from trl import GRPOConfig, GRPOTrainer
 
     queries = read(args.queries, Query)
+    if len(queries) < args.queries_per_step:
+        fail(
+            f"{args.queries} has {len(queries)} queries, a step needs {args.queries_per_step}: lower --queries-per-step"
+        )
     rewards = Rewards(args, base)
     model, tokenizer = models.load_policy(base, args.bits, args.run / NAMES["none"], trainable=True)
     completions = args.queries_per_step * args.samples
@@ -172,7 +179,7 @@ def grpo(args: argparse.Namespace, base: str) -> dict:
             [{"prompt": models.conversation(q.query, args.prompts), "query": q.query} for q in queries]
         ),
     )  # fmt: skip
-    models.keep_quiet(trainer)
+    models.prepare(trainer)
     generate, generating = trainer._generate, [0.0]
 
     def timed_generate(*inputs, **options):
@@ -191,14 +198,15 @@ def grpo(args: argparse.Namespace, base: str) -> dict:
     trainer.model.save_pretrained(args.run / NAMES[args.reward], selected_adapters=["default"])
     mean = [log["reward"] for log in trainer.state.log_history if "reward" in log]
     tenth = max(1, len(mean) // 10)
-    phases = {"generate": generating[0], "reward": rewards.seconds}
-    phases["train"] = total - sum(phases.values())
+    phases = {"total": total, "generate": generating[0], "reward": rewards.seconds}
+    phases["train"] = total - phases["generate"] - phases["reward"]
     return {
         "steps": trainer.state.global_step, "engine": "transformers, the trained model itself",
-        "phases": {name: round(seconds, 1) for name, seconds in phases.items()},
+        "seconds": {name: round(seconds, 1) for name, seconds in phases.items()},
+        "sync": None, "logp_gap": None,  # there is no second copy of the weights
         "reward": {"first": sum(mean[:tenth]) / tenth, "last": sum(mean[-tenth:]) / tenth},
         "completions": rewards.asked, "failed_judgements": rewards.failed,
-        "ledger": rewards.client.store.ledger(["detector"]) if args.reward == "judge" else None,
+        "ledger": rewards.client.store.ledger(["detector"], since=rewards.before) if args.reward == "judge" else None,
     }  # fmt: skip
 
 
@@ -230,16 +238,20 @@ def main(args: argparse.Namespace) -> int:
             )
         }
         settings |= {"temperature": args.temperature}
+        settings |= {"prompts": llm.prompt_hashes(["policy", "detector"], args.prompts)}
     if args.reward == "judge":
-        settings |= {"endpoint": llm.endpoint_name(args), "prompts": llm.prompt_hashes(["detector"], args.prompts)}
-    stage = Stage(
-        args.run, f"04_{args.reward}", [name, f"metrics_{args.reward}.jsonl", f"rollouts_{args.reward}.jsonl"],
-        settings | {"base": base} | {key: file_hash(path) for key, path in inputs.items()}, args.redo,
-    )  # fmt: skip
+        settings |= {"endpoint": llm.endpoint_name(args)}
+    outputs = [name, f"metrics_{args.reward}.jsonl"]
+    if args.reward != "none":
+        outputs.append(f"rollouts_{args.reward}.jsonl")
+    made_from = {"base": base} | {key: file_hash(path) for key, path in inputs.items()}
+    stage = Stage(args.run, f"04_{args.reward}", outputs, settings | made_from, args.redo)
     if stage.done and read_summary(args.run, f"04_summary_{args.reward}"):
         print(f"04: --reward {args.reward} done already, see {args.run / f'04_summary_{args.reward}.json'}")
         return 0
     (args.run / f"metrics_{args.reward}.jsonl").unlink(missing_ok=True)  # of a run that was killed
+    if args.reward == "judge":
+        llm.Client.probe(args, args.run)
     models.quiet()
     figures = sft(args, base) if args.reward == "none" else grpo(args, base)
     write_summary(args.run, f"04_summary_{args.reward}", started, vars(args), figures)

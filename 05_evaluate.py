@@ -108,6 +108,7 @@ def write_greetings(args: argparse.Namespace, base: str, policies: dict, queries
                  "response": text or "（空）", "sample": sample}
                 for q, text in zip(queries, texts, strict=True)
             ]  # fmt: skip
+        del model
     write(args.run / "generations.jsonl", rows)
     return rows
 
@@ -161,10 +162,11 @@ def ask_agents(args: argparse.Namespace, rows: list[dict]) -> None:
         str(args.prompts),
     ]
     command += ["--base-url", args.base_url, "--model", args.model, "--api-key-env", args.api_key_env]
-    command += ["--concurrency", str(args.concurrency)] + ["--offline"] * args.offline
+    command += ["--concurrency", str(args.concurrency), "--timeout", str(args.timeout)]
+    command += ["--attempts", str(args.attempts)] + ["--offline"] * args.offline
     done = subprocess.run(command, stdout=subprocess.DEVNULL)
     judgements = folder / "judgements.jsonl"
-    if done.returncode == 2 and not judgements.is_file():
+    if done.returncode not in (0, 3):  # 3: some judgements failed, and stand without a label
         fail(f"step 1 could not judge the greetings: run {' '.join(command)}")
     verdicts = {r.id: r.label for r in read(judgements, Judgement)}
     for row in rows:
@@ -203,44 +205,49 @@ def evaluate_evaluators(labelled: list[dict], seed: int) -> dict[str, dict]:
 # ---- figures --------------------------------------------------------------------------------------------------------
 
 
-def resampled(rows: list[dict], key: str) -> tuple[dict, "object"]:
-    """({"value", "lo", "hi", "n"}, the bootstrap means): a mean over queries with its 95% interval.
-
-    The queries are drawn again, not the greetings: several greetings for one query are not independent. The draws are
-    the same for every policy, so that the means of two policies can be subtracted pair by pair.
-    """
-    import numpy as np
-
+def query_means(rows: list[dict], key: str) -> dict[str, float]:
+    """Query id -> mean of the rows' values, without rows that have none."""
     groups: dict[str, list[float]] = {}
     for row in rows:
         if row.get(key) is not None:
             groups.setdefault(row["query_id"], []).append(row[key])
-    means = np.array([np.mean(groups[query]) for query in sorted(groups)])
+    return {query: sum(values) / len(values) for query, values in groups.items()}
+
+
+def bootstrap(means) -> dict:
+    """Mean of an array of means by query, and its 95% percentile interval.
+
+    The queries are drawn again, not the greetings: several greetings for one query are not independent.
+    """
+    import numpy as np
+
     if not len(means):
-        return {"value": None, "lo": None, "hi": None, "n": 0}, means
+        return {"value": None, "lo": None, "hi": None, "n": 0}
     draws = np.random.default_rng(0).integers(0, len(means), (RESAMPLES, len(means)))
-    boot = means[draws].mean(axis=1)
-    lo, hi = np.percentile(boot, [2.5, 97.5])
+    lo, hi = np.percentile(means[draws].mean(axis=1), [2.5, 97.5])
     return {
         "value": round(float(means.mean()), 4),
         "lo": round(float(lo), 4),
         "hi": round(float(hi), 4),
         "n": len(means),
-    }, boot
+    }
+
+
+def mean_of(rows: list[dict], key: str) -> dict:
+    import numpy as np
+
+    return bootstrap(np.array(list(query_means(rows, key).values())))
 
 
 def difference(rows: list[dict], after: str, before: str, key: str) -> dict:
     """Mean of `after` minus mean of `before`, paired by query, and in words whether it is more than noise."""
     import numpy as np
 
-    (_, a), (_, b) = (resampled([r for r in rows if r["policy"] == name], key) for name in (after, before))
-    values = [
-        np.mean([r[key] for r in rows if r["policy"] == name and r.get(key) is not None]) for name in (after, before)
-    ]
-    lo, hi = np.percentile(a - b, [2.5, 97.5]) if len(a) == len(b) else (float("nan"), float("nan"))
-    words = "more than noise" if lo > 0 or hi < 0 else "inside noise"
-    value = float(values[0] - values[1])
-    return {"value": round(value, 4), "lo": round(float(lo), 4), "hi": round(float(hi), 4), "words": words}
+    means = [query_means([r for r in rows if r["policy"] == name], key) for name in (after, before)]
+    both = sorted(means[0].keys() & means[1].keys())  # queries for which both have a score
+    gap = bootstrap(np.array([means[0][query] - means[1][query] for query in both]))
+    more = gap["n"] and (gap["lo"] > 0 or gap["hi"] < 0)
+    return gap | {"words": "more than noise" if more else "inside noise"}
 
 
 def policy_figures(rows: list[dict], training_runs: set[str]) -> dict:
@@ -249,9 +256,9 @@ def policy_figures(rows: list[dict], training_runs: set[str]) -> dict:
     grams = {n: [t[i : i + n] for t in texts for i in range(len(t) - n + 1)] for n in (1, 2)}
     openings = Counter(t[:2] for t in texts)
     figures = {
-        "excellence": resampled(rows, "excellent")[0],
-        "judge": resampled(rows, "judge")[0], "agents": resampled(rows, "agents")[0],
-        "reward_model": resampled(rows, "reward_model")[0], "quality": resampled(rows, "quality")[0],
+        "excellence": mean_of(rows, "excellent"),
+        "judge": mean_of(rows, "judge"), "agents": mean_of(rows, "agents"),
+        "reward_model": mean_of(rows, "reward_model"), "quality": mean_of(rows, "quality"),
         "length": round(sum(map(len, texts)) / len(texts), 1),
         "distinct_1": round(len(set(grams[1])) / len(grams[1]), 4),
         "distinct_2": round(len(set(grams[2])) / len(grams[2]), 4),
@@ -407,13 +414,25 @@ def main(args: argparse.Namespace) -> int:
         print((args.run / "report.md").read_text(encoding="utf-8").split("## ")[1].partition("\n")[2].strip())
         print(f"05: done already, see {args.run / 'report.html'}")
         return 0
+    third = args.run / "stages" / "03_principles.json"
+    if third.is_file():
+        used = json.loads(third.read_text(encoding="utf-8"))["settings"]
+        if (used["labelled"], used["seed"]) != (file_hash(args.labelled), args.seed):
+            fail(
+                f"step 3 of {args.run} split another --labelled or --seed, so its test part is not known: use the same"
+            )
+    llm.Client.probe(args, args.run)
     models.quiet()
     rows = write_greetings(args, base, policies, queries)
     parts = split_labelled(labelled, args.seed)
     given = [r.model_dump() | {"part": part} for part, records in parts.items() for r in records]
-    principles = {"seed_judge": llm.read_rules(args.prompts / "principles.md")}
+    principles = {}
     if (args.run / "principles.jsonl").is_file():
-        principles["judge"] = llm.current_principles(args.run / "principles.jsonl")
+        versions = read(args.run / "principles.jsonl", llm.Version)
+        principles = {
+            "seed_judge": versions[0].principles,
+            "judge": llm.current_principles(args.run / "principles.jsonl"),
+        }
     asyncio.run(ask_judges(args, rows + given, principles))
     ask_agents(args, rows + [r for r in given if r["part"] == "test"])
     if (args.run / "rm" / "adapter_config.json").is_file():

@@ -8,10 +8,10 @@ say() { printf '\n== %s\n' "$*"; }
 
 set_up() { # requirements file: install it into .venv unless that was done already
   local stamp=.venv/installed
+  python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: python3 must be 3.11 or newer" >&2; exit 2; }
   [ -x .venv/bin/python ] || python3 -m venv .venv
   if ! cat "$stamp" 2>/dev/null | grep -qx "$1 $(cat requirements*.txt | sha256sum | cut -c1-16)"; then
     say "installing $1 into .venv (once)"
-    .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed" >&2; exit 2; }
     .venv/bin/pip install --quiet --disable-pip-version-check "$(grep '^torch==' requirements-cpu.txt)"
     .venv/bin/pip install --quiet --disable-pip-version-check -r "$1"
     echo "$1 $(cat requirements*.txt | sha256sum | cut -c1-16)" >>"$stamp"

@@ -20,7 +20,7 @@ import jinja2
 import jinja2.meta
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from common.records import ROOT, Messages, Record, digest, fail, file_hash, read
+from common.records import ROOT, Messages, Record, digest, fail, file_hash, positive, read
 
 PROMPTS = ROOT / "prompts"
 MAX_WAIT = 60.0  # seconds; the longest pause between two attempts, whatever Retry-After says
@@ -172,9 +172,9 @@ def add_endpoint_flags(parser) -> None:
     )
     group.add_argument("--model", default="Qwen/Qwen2.5-32B-Instruct-AWQ", help="model of the agents (%(default)s)")
     group.add_argument("--api-key-env", default="OPENAI_API_KEY", help="variable that holds the key (%(default)s)")
-    group.add_argument("--concurrency", type=int, default=64, help="requests under way at once (%(default)s)")
+    group.add_argument("--concurrency", type=positive, default=64, help="requests under way at once (%(default)s)")
     group.add_argument("--timeout", type=float, default=120, help="seconds for one attempt (%(default)s)")
-    group.add_argument("--attempts", type=int, default=5, help="attempts at one question (%(default)s)")
+    group.add_argument("--attempts", type=positive, default=5, help="attempts at one question (%(default)s)")
     group.add_argument("--prompts", type=Path, default=PROMPTS, help="folder of the prompts")
 
 
@@ -214,18 +214,19 @@ class Store:
             (role, outcome, input_tokens, output_tokens),
         )
 
-    def ledger(self, roles: list[str]) -> dict:
-        """What these roles have cost in this run folder so far, over every start of the scripts."""
+    def ledger(self, roles: list[str], since: dict | None = None) -> dict:
+        """What these roles have cost in this run folder so far, or since an earlier call of this method."""
         marks = ",".join("?" * len(roles))
         query = f"SELECT outcome, SUM(calls), SUM(input_tokens), SUM(output_tokens) FROM ledger WHERE role IN ({marks})"
         rows = self.db.execute(query + " GROUP BY outcome ORDER BY outcome", roles).fetchall()
-        return {
+        found = {
             "calls": sum(r[1] for r in rows),
             "retries": sum(r[1] for r in rows if r[0] != "ok"),
             "input_tokens": sum(r[2] for r in rows),
             "output_tokens": sum(r[3] for r in rows),
-            "outcomes": {r[0]: r[1] for r in rows},
         }
+        spent = {name: count - (since or {}).get(name, 0) for name, count in found.items()}
+        return spent | {"outcomes": {r[0]: r[1] for r in rows}}  # of the whole run folder
 
 
 class Client:
@@ -276,6 +277,16 @@ class Client:
     async def close(self) -> None:
         await self.openai.close()
 
+    @classmethod
+    def probe(cls, args, run: Path) -> None:
+        """End with one line if nobody answers at the endpoint: for a script to call before its long work."""
+
+        async def enter_and_leave() -> None:
+            async with cls(args, run):
+                pass
+
+        asyncio.run(enter_and_leave())
+
     async def ask(self, role: str, answer: type[A], *, temperature: float = 0.0, sample: int = 0, **slots) -> A:
         """The role's answer to a prompt with these slots; `sample` tells apart several answers to one question.
 
@@ -306,6 +317,7 @@ class Client:
         """Attempt the request until a usable answer comes, as often as --attempts allows; every attempt is booked."""
         import openai
 
+        temperature = request["temperature"]
         for attempt in range(1, self.attempts + 1):
             wait, used = min(MAX_WAIT, 0.5 * 2**attempt) * random.uniform(0.5, 1.0), (0, 0)
             try:
@@ -323,7 +335,8 @@ class Client:
                 raise Refused(f"{self.endpoint} has no model {self.model}; name one it serves with --model") from None
             except Unusable as e:
                 reason, wait, last = str(e), 0.0, attempt >= 3 or str(e) in ("cut at the token limit", "content filter")
-                request = request | {"seed": request["seed"] + 1_000_003}  # the same seed brings the same answer
+                # The same question would bring the same answer.
+                request = request | {"seed": request["seed"] + 1_000_003, "temperature": max(0.7, temperature)}
             except (AttributeError, TypeError, ValueError):
                 reason, wait, last = "not a chat completion", 0.0, attempt >= 3
             except openai.RateLimitError as e:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from common.llm import render
-from common.records import fail
+from common.records import fail, positive
 
 DEFAULT_POLICY = "Qwen/Qwen2.5-7B-Instruct"
 LORA_TARGETS = "all-linear"
@@ -23,7 +23,9 @@ def add_policy_flags(parser) -> None:
     group.add_argument(
         "--bits", type=int, choices=(4, 16), default=4, help="weights of the base: NF4 or bf16 (%(default)s)"
     )
-    group.add_argument("--batch-size-generate", type=int, default=64, help="sequences generated at once (%(default)s)")
+    group.add_argument(
+        "--batch-size-generate", type=positive, default=64, help="sequences generated at once (%(default)s)"
+    )
 
 
 def policy_path(args) -> str:
@@ -46,7 +48,7 @@ def quiet() -> None:
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU is enough, and the trainers would split over all
     warnings.filterwarnings("ignore")
     import datasets
     import transformers
@@ -150,10 +152,18 @@ def progress_callback(title: str, shown: list[str], metrics: Path | None = None)
     return Progress()
 
 
-def keep_quiet(trainer) -> None:
-    """Take away the callbacks that print each log line: the bar shows it."""
+def prepare(trainer) -> None:
+    """What every TRL trainer here needs once it is built.
+
+    On a 4-bit base TRL turns the adapter to bf16, whose steps near 0.01 are larger than a whole update at the paper's
+    learning rates: most weights would never move. So the adapter is trained in fp32, as QLoRA's authors do. The
+    callbacks that print each log line go: the bar shows them.
+    """
     from transformers import PrinterCallback, ProgressCallback
 
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     for kind in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(kind)
 
@@ -185,7 +195,8 @@ def generate(
         ).to(model.device)
         with torch.inference_mode():
             tokens = model.generate(
-                **batch, do_sample=True, temperature=temperature, top_p=top_p, top_k=0, max_new_tokens=max_tokens,
+                **batch, do_sample=True, temperature=temperature, top_p=top_p, top_k=0, repetition_penalty=1.0,
+                max_new_tokens=max_tokens,
                 pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
             )  # fmt: skip
         new = tokens[:, batch["input_ids"].shape[1] :]

@@ -13,6 +13,7 @@ import random
 import re
 import shutil
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -465,7 +466,7 @@ def transport():
 TINY = ROOT / "outputs" / "tiny"  # shared by every run: it depends on the data and this file alone
 STEPS, BATCH, LEARNING_RATE = 130, 56, 8e-3
 VOCABULARY, HIDDEN, LAYERS = 2400, 192, 4  # 2.2M parameters
-FLAWED = 0.5  # share of training texts with a flaw written in: a base that wrote only well could not be improved
+FLAWED = 0.35  # share of training texts with a flaw written in: a base that wrote only well could not be improved
 SENTENCES, LONGEST = 6, 22  # of an occasion; in characters
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -536,10 +537,13 @@ def tiny_policy() -> Path:
     code = [inspect.getsource(function) for function in (_training_texts, _train_tiny)]
     folder = TINY / digest(recipe, code, *(file_hash(ROOT / name) for name in files))
     if not (folder / "config.json").is_file():
-        scratch = folder.with_name(f"{folder.name}.tmp")
-        shutil.rmtree(scratch, ignore_errors=True)
+        TINY.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=TINY))
         _train_tiny(scratch)
-        scratch.rename(folder)
+        try:
+            scratch.rename(folder)
+        except OSError:  # another process was quicker
+            shutil.rmtree(scratch)
     return folder
 
 

@@ -5,6 +5,7 @@ stage joins and resumes by id. A record is appended and flushed when it is done;
 temporary file and a rename. What a user can get wrong ends in one line on stderr and exit code 2.
 """
 
+import argparse
 import fcntl
 import hashlib
 import importlib.metadata
@@ -74,7 +75,7 @@ class Candidate(Record):
     query: str = Field(min_length=1)
     response: str = Field(min_length=1)
     query_id: str = ""
-    source: str = "file"
+    source: str = ""
     temperature: float | None = None
 
     @model_validator(mode="after")
@@ -125,6 +126,7 @@ class Demonstration(Record):
     completion: Messages = Field(min_length=1)
     query: str = ""
     query_id: str = ""
+    candidate_id: str = ""
 
     def content(self) -> tuple:
         return (self.prompt, self.completion)
@@ -133,10 +135,11 @@ class Demonstration(Record):
 R = TypeVar("R", bound=Record)
 
 
-def read(path: Path | str, kind: type[R], made_by: str = "") -> list[R]:
+def read(path: Path | str, kind: type[R], made_by: str = "", unique: bool = True) -> list[R]:
     """All records of a JSONL file, ids filled in; exit code 2 with file, line and remedy if one cannot be used.
 
-    `made_by` is the command that makes the file; it is named where the file is missing or empty.
+    `made_by` is the command that makes the file; it is named where the file is missing or empty. `unique` refuses two
+    records with one id.
     """
     path = Path(path)
     remedy = f"; make it with: {made_by}" if made_by else ""
@@ -158,7 +161,7 @@ def read(path: Path | str, kind: type[R], made_by: str = "") -> list[R]:
                 field = ".".join(map(str, first["loc"])) or "record"
                 wanted = ", ".join(name for name, f in kind.model_fields.items() if f.is_required())
                 fail(f"{path}:{number}: {field}: {first['msg']}; a {kind.__name__.lower()} needs {wanted}")
-            if record.id in first_line:
+            if unique and record.id in first_line:
                 fail(f"{path}:{number}: same id as line {first_line[record.id]} ({record.id}); delete one of the two")
             first_line[record.id] = number
             records.append(record)
@@ -235,6 +238,13 @@ def add_run_flags(parser) -> None:
     group.add_argument(
         "--redo", action="store_true", help="replace what was made with other settings, prompts or inputs"
     )
+
+
+def positive(text: str) -> int:
+    """argparse type: a whole number of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
 
 
 def parse(parser, offline: dict):
@@ -378,7 +388,8 @@ def write_summary(run: Path, name: str, started: float, settings: dict, figures:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    summary = figures | {"seconds": round(time.time() - started, 1), "settings": settings, "versions": versions}
+    figures = {"seconds": round(time.time() - started, 1)} | figures
+    summary = figures | {"settings": settings, "versions": versions}
     text = json.dumps(summary, ensure_ascii=False, indent=1, default=str)
     replace_file(run / f"{name}.json", text + "\n")
     return summary
