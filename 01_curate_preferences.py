@@ -41,10 +41,10 @@ from common.records import (
     read,
     write,
     write_summary,
-)  # fmt: skip
+)
 
 # What --offline sets; the tiny model's greetings are short.
-OFFLINE = {"bits": 16, "samples": 8, "max_tokens": 48, "batch_size_generate": 256}
+OFFLINE = {"bits": 16, "samples": 7, "max_tokens": 48, "batch_size_generate": 256}
 ROLES = ["positive", "negative", "judge", "reflect"]
 
 

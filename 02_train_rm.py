@@ -39,10 +39,10 @@ from common.records import (
     replace_file,
     write,
     write_summary,
-)  # fmt: skip
+)
 
 OFFLINE = {
-    "bits": 16, "epochs": 2, "learning_rate": 2e-3, "batch_size": 32, "accumulation": 1, "max_length": 256,
+    "bits": 16, "epochs": 1, "learning_rate": 3e-3, "batch_size": 32, "accumulation": 1, "max_length": 256,
 }  # fmt: skip
 
 

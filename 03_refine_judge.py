@@ -43,7 +43,7 @@ from common.records import (
     split_labelled,
     write,
     write_summary,
-)  # fmt: skip
+)
 
 OFFLINE: dict = {}  # the same settings: the critic is quick, and the loop is the same
 ROLES = ["detector", "generator", "reflector", "optimiser"]

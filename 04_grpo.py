@@ -35,11 +35,11 @@ from common.records import (
     read,
     read_summary,
     write_summary,
-)  # fmt: skip
+)
 
 OFFLINE = {
-    "bits": 16, "sft_epochs": 3, "sft_learning_rate": 2e-3, "learning_rate": 2e-3, "samples": 8, "queries_per_step": 12,
-    "mini_batch": 12, "micro_batch": 96, "max_tokens": 48, "steps": 32,
+    "bits": 16, "sft_epochs": 3, "sft_learning_rate": 2e-3, "learning_rate": 1.5e-3, "samples": 8, "queries_per_step": 12,
+    "mini_batch": 12, "micro_batch": 96, "max_tokens": 48, "steps": 28, "kl": 0.02,
 }  # fmt: skip
 NAMES = {"none": "policy_sft", "rm": "policy_rm", "judge": "policy_judge"}
 
@@ -222,23 +222,14 @@ def main(args: argparse.Namespace) -> int:
     if args.reward != "none":
         inputs |= {"queries": args.queries, "policy_sft": args.run / NAMES["none"] / "adapter_model.safetensors"}
         models.check_adapter(args.run / NAMES["none"], base)
-    settings = {key: getattr(args, key) for key in vars(args) if key.startswith(("sft_", "seed", "bits", "rank"))}
-    if args.reward != "none":
-        settings |= {
-            key: getattr(args, key)
-            for key in (
-                "learning_rate",
-                "epochs",
-                "steps",
-                "queries_per_step",
-                "mini_batch",
-                "samples",
-                "max_tokens",
-                "kl",
-            )
-        }
-        settings |= {"temperature": args.temperature}
-        settings |= {"prompts": llm.prompt_hashes(["policy", "detector"], args.prompts)}
+    names = ["seed", "bits", "rank"]
+    if args.reward == "none":
+        names += ["sft_epochs", "sft_learning_rate", "sft_batch_size"]
+    else:
+        names += ["learning_rate", "epochs", "steps", "queries_per_step", "mini_batch", "samples", "max_tokens"]
+        names += ["temperature", "kl"]
+    settings = {key: getattr(args, key) for key in names}
+    settings |= {"prompts": llm.prompt_hashes(["policy", "detector"], args.prompts)}
     if args.reward == "judge":
         settings |= {"endpoint": llm.endpoint_name(args)}
     outputs = [name, f"metrics_{args.reward}.jsonl"]

@@ -45,7 +45,7 @@ from common.records import (
     split_labelled,
     write,
     write_summary,
-)  # fmt: skip
+)
 
 OFFLINE = {"bits": 16, "max_tokens": 48, "batch_size_generate": 260}
 WEIGHTS = {"language": 30, "creativity": 30, "emotion": 15, "culture": 15, "richness": 10}  # of the five dimensions
@@ -153,14 +153,8 @@ def ask_agents(args: argparse.Namespace, rows: list[dict]) -> None:
     distinct = {Candidate(query=r["query"], response=r["response"]).id: r for r in rows}
     write(folder / "greetings.jsonl", ({"query": r["query"], "response": r["response"]} for r in distinct.values()))
     command = [sys.executable, str(ROOT / "01_curate_preferences.py"), "--run", str(folder), "--samples", "0", "--redo"]
-    command += [
-        "--candidates",
-        str(folder / "greetings.jsonl"),
-        "--seed",
-        str(args.seed),
-        "--prompts",
-        str(args.prompts),
-    ]
+    command += ["--candidates", str(folder / "greetings.jsonl"), "--prompts", str(args.prompts)]
+    command += ["--seed", str(args.seed)]
     command += ["--base-url", args.base_url, "--model", args.model, "--api-key-env", args.api_key_env]
     command += ["--concurrency", str(args.concurrency), "--timeout", str(args.timeout)]
     command += ["--attempts", str(args.attempts)] + ["--offline"] * args.offline

@@ -98,14 +98,15 @@ def character_model() -> CharacterModel:
 
 def _wrong_occasion(query: str, response: str) -> int:
     asked = occasions_in(query)
-    own = [OCCASIONS[name]["signature"] or OCCASIONS[name]["signs"] for name in asked]
-    if not asked or any(re.search(signs, response) for signs in own):
+    if not asked or any(
+        re.search(OCCASIONS[name]["signature"] or OCCASIONS[name]["signs"], response) for name in asked
+    ):
         return 0
     kin = asked.union(*(family for family in map(set, LEXICON["kindred_occasions"]) if family & asked))
     others = [OCCASIONS[name]["signature"] for name in OCCASIONS.keys() - kin if OCCASIONS[name]["signature"]]
     if any(re.search(signature, response) for signature in others):
         return 2
-    return 0 if any(re.search(OCCASIONS[name]["signs"], response) for name in asked) else 1
+    return 0 if any(re.search(OCCASIONS[name]["signs"], response) for name in asked) else 2
 
 
 def _wrong_recipient(query: str, response: str) -> int:
@@ -295,7 +296,7 @@ def grades(query: str, response: str) -> dict[str, int]:
     rude = bool(sure & {"offensive", "register"})
     emotion = 1 if spoilt or rude else 1 + bool(WARM.search(response)) + bool(re.search("[你您咱]", response))
     beside_the_point = bool(sure & {"wrong_occasion", "wrong_recipient", "taboo", "style_ignored"})
-    culture = 1 if spoilt or rude or beside_the_point else 2 if "wrong_occasion" in flaws else 3
+    culture = 1 if spoilt or rude or beside_the_point else 3
     richness = 1 if spoilt or "repetition" in sure else min(3, max(1, len(contents)))
     return {
         "language": language,

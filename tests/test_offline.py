@@ -79,7 +79,7 @@ def test_reflect_overturns_a_verdict_that_passed_over_a_clear_flaw() -> None:
 
 
 def test_shortness_is_no_flaw_and_length_no_merit() -> None:
-    short = "妈，灯给您留着，蛋糕在桌上。生日快乐！"
+    short = "妈，老花镜擦亮了，汤也盛好了。生日快乐！"
     assert offline.flaws_of(GOOD[0], short) == {}
     twice = offline.grades(GOOD[0], GOOD[1] * 2)
     assert sum(twice.values()) < sum(offline.grades(*GOOD).values())
@@ -95,6 +95,6 @@ def test_the_critic_accepts_most_references_and_good_greetings() -> None:
 
 def test_the_optimiser_adds_what_is_missing_and_drops_what_is_too_strict() -> None:
     rules = ["篇幅充实，太短的不合格。", "情感真挚。"]
-    feedback = [f"过严，删去：{offline.FLAWS['short'].rule}。补上：{offline.FLAWS['empty'].rule}"]
+    feedback = [f"过严，删去：{offline.FLAWS['short'].rule}。补上：{offline.FLAWS['empty'].rule}（2 次）"]
     new = ask("optimiser", kind="准则", rules=rules, feedback=feedback).rules
     assert offline.flaws_spoken_of(new) == ["empty"] and "情感真挚。" in new
