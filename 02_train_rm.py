@@ -60,7 +60,7 @@ def parse_args() -> argparse.Namespace:
         "--derived",
         type=int,
         choices=range(6),
-        default=1,
+        default=2,
         help="pairs with a spoilt chosen text for each pair; 0: none (%(default)s)",
     )
     parser.add_argument("--rank", type=int, default=16, help="LoRA rank (%(default)s)")
