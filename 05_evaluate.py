@@ -271,7 +271,7 @@ def runs_of_12(texts: list[str]) -> set[str]:
 
 
 def finding(figures: dict) -> str:
-    """Two sentences made from the figures."""
+    """Two sentences made from the figures, and a third where a policy writes the same thing for every query."""
     policies, differences = figures["policies"], figures["differences"]
 
     def says(name: str) -> str:
@@ -286,7 +286,13 @@ def finding(figures: dict) -> str:
         f"{d['after']} over {d['before']} {d['excellent']['value'] * 100:+.0f} points ({d['excellent']['words']})"
         for d in differences
     ]  # fmt: skip
-    return f"{first}. The differences: {'; '.join(gains)}." if gains else f"{first}."
+    said = f"{first}. The differences: {'; '.join(gains)}." if gains else f"{first}."
+    dull = [
+        f"{name} ({p['distinct_texts']:.0%} different texts)"
+        for name, p in policies.items()
+        if p["distinct_texts"] < policies["base"]["distinct_texts"] / 2
+    ]
+    return f"{said} Beware of a policy that writes the same for every query: {', '.join(dull)}." if dull else said
 
 
 # ---- the report -----------------------------------------------------------------------------------------------------
