@@ -38,7 +38,7 @@ from common.records import (
 )
 
 OFFLINE = {
-    "bits": 16, "sft_epochs": 3, "sft_learning_rate": 2e-3, "learning_rate": 1.5e-3, "samples": 8,
+    "bits": 16, "sft_epochs": 4, "sft_learning_rate": 2e-3, "learning_rate": 1.5e-3, "samples": 8,
     "queries_per_step": 12, "mini_batch": 12, "micro_batch": 96, "max_tokens": 48, "steps": 28, "kl": 0.02,
 }  # fmt: skip
 NAMES = {"none": "policy_sft", "rm": "policy_rm", "judge": "policy_judge"}
@@ -133,7 +133,9 @@ class Rewards:
         started = time.perf_counter()
         texts = [completion[0]["content"] for completion in completions]
         if self.args.reward == "rm":
-            found = [(score, "") for score in self.model.score(list(zip(query, texts, strict=True)))]
+            scores = self.model.score(list(zip(query, texts, strict=True)))
+            worst = min(scores)  # nothing written is no greeting, whatever the model makes of it
+            found = [(s, "") if t.strip() else (worst, "empty") for s, t in zip(scores, texts, strict=True)]
         else:
             found = await asyncio.gather(*(self.judged(q, text) for q, text in zip(query, texts, strict=True)))
         self.seconds += time.perf_counter() - started
