@@ -309,7 +309,7 @@ def picture(draw) -> str:
     figure, axes = plt.subplots(figsize=(5.6, 3.4), layout="constrained")
     draw(axes)
     out = io.StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None})
+    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     plt.close(figure)
     return out.getvalue()[out.getvalue().index("<svg") :]
 
