@@ -38,10 +38,9 @@ def test_the_tiny_model_is_kept_small_and_reused(base: str) -> None:
 
 def test_the_tiny_model_writes_readable_greetings_some_of_the_time(base: str, queries: list[str]) -> None:
     texts = greetings(base, queries, 16, seed=0)
-    clean = [
-        not any(sure == 2 for sure in offline.flaws_of(q, t).values()) for q, t in zip(queries, texts, strict=True)
-    ]
-    assert 0.1 < sum(clean) / len(clean) < 0.9
+    found = [offline.flaws_of(query, text) for query, text in zip(queries, texts, strict=True)]
+    assert sum(flaws.get("broken") != 2 for flaws in found) > 0.3 * len(found)  # readable
+    assert any(2 in flaws.values() for flaws in found)  # and something to improve
 
 
 def test_the_same_seed_gives_the_same_greetings(base: str, queries: list[str]) -> None:
@@ -54,7 +53,8 @@ def test_scores_do_not_depend_on_batch_order_or_padding(run: Path, base: str, qu
     rows = [(q, "愿你" + "岁岁平安，" * (i % 7)) for i, q in enumerate(queries)]
     together, alone = rm.score(rows, batch_size=24), rm.score(rows, batch_size=1)
     backwards = rm.score(rows[::-1], batch_size=5)[::-1]
-    assert together == pytest.approx(alone, abs=1e-3) == pytest.approx(backwards, abs=1e-3)
+    assert together == pytest.approx(alone, abs=1e-3)
+    assert together == pytest.approx(backwards, abs=1e-3)
     assert models.RewardModel(run / "rm", base, 16, PROMPTS).score(rows) == pytest.approx(together, abs=1e-3)
 
 
