@@ -11,6 +11,7 @@ Writes  policy_sft/, policy_rm/ or policy_judge/, rollouts_*.jsonl (every comple
 Paper   arXiv 2508.21476: 32 queries a step, 4 samples, 512 tokens, mini-batch 16, KL 0.001 (low-variance estimator), 5
         epochs, learning rate 3e-7 for full fine-tuning on 4 GPUs. Departures: QLoRA on one GPU, whose best learning
         rate is about ten times that of full fine-tuning (Schulman et al. 2025, "LoRA Without Regret"): 3e-6.
+        The loss is TRL's default, "dapo": GRPO's, averaged over the tokens of the step.
 Example python 04_grpo.py --reward judge --offline --run outputs/mine
 """
 
