@@ -47,7 +47,7 @@ from common.records import (
     write_summary,
 )
 
-OFFLINE = {"bits": 16, "max_tokens": 48, "batch_size_generate": 260}
+OFFLINE = {"bits": 16, "samples": 2, "max_tokens": 48, "batch_size_generate": 260}
 WEIGHTS = {"language": 30, "creativity": 30, "emotion": 15, "culture": 15, "richness": 10}  # of the five dimensions
 EXCELLENT = 2.0  # least weighted mean of the grades
 POLICIES = {"base": None, "sft": "policy_sft", "grpo_rm": "policy_rm", "grpo_judge": "policy_judge"}
