@@ -3,7 +3,7 @@
 For each query the policy writes several candidates. Retrieval finds references for the query; Positive and Negative
 debate the candidate, in parallel; Judge weighs both into a strict verdict, 1 only if the greeting is good throughout;
 Reflect audits the verdict and overturns it on clear grounds. Accepted and rejected candidates of one query become
-(chosen, rejected) pairs, the best accepted one a row for SFT.
+(chosen, rejected) pairs, the best accepted one a row for SFT. fates.jsonl says of every candidate what became of it.
 
 Reads   queries, references, further candidates (--candidates, any JSONL of {query, response})
 Writes  candidates.jsonl, judgements.jsonl, fates.jsonl, preferences.jsonl, sft.jsonl, 01_summary.json
@@ -16,10 +16,13 @@ Example python 01_curate_preferences.py --offline --run outputs/mine
 import argparse
 import asyncio
 import itertools
+import json
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from common import llm, models
 from common.records import (
@@ -33,58 +36,74 @@ from common.records import (
     Reference,
     Stage,
     add_run_flags,
+    agreement,
     digest,
+    fail,
     file_hash,
     open_run,
     parse,
+    positive,
     rate,
     read,
+    stream,
     write,
     write_summary,
 )
 
-# What --offline sets. The tiny model's greetings are short, and too seldom good at temperature 1 to learn from.
-OFFLINE = {"bits": 16, "samples": 7, "temperature": 0.7, "max_tokens": 48, "batch_size_generate": 256}
+# What --offline sets. The tiny model's greetings are short, too seldom good at temperature 1 to learn from, and all
+# recited: it has seen nothing but the references.
+OFFLINE = {
+    "bits": 16, "samples": 7, "temperature": [0.7], "max_tokens": 48, "batch_size_generate": 256, "max_copied": 1.0,
+}  # fmt: skip
 ROLES = ["positive", "negative", "judge", "reflect"]
+INDEX = ROOT / "outputs" / "index"  # embeddings of references, shared by every run
+OPENING = 0.06  # of the SFT rows may begin with the same two characters; in the released data 38% begin with 亲爱
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--queries", type=Path, default=ROOT / "data/queries.jsonl", help="{query} (data/queries.jsonl)"
-    )
-    parser.add_argument("--references", type=Path, default=ROOT / "data/references.jsonl", help="{query, response}")
-    parser.add_argument(
-        "--candidates", type=Path, nargs="*", default=[], help="files of {query, response} to judge too"
-    )
-    parser.add_argument(
-        "--samples", type=int, default=4, help="candidates from the policy for each query (%(default)s)"
-    )
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the policy (%(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=512, help="of a candidate (%(default)s)")
-    parser.add_argument("--examples", type=int, default=3, help="references shown to the agents (%(default)s)")
-    parser.add_argument("--uses", type=int, default=2, help="pairs that one candidate may be in (%(default)s)")
-    parser.add_argument("--no-retrieval", action="store_true", help="ablation: no references shown")
-    parser.add_argument("--no-debate", action="store_true", help="ablation: the Judge hears no debate")
-    parser.add_argument("--no-reflect", action="store_true", help="ablation: the Judge's verdict stands")
+    add = parser.add_argument
+    add("--queries", type=Path, default=ROOT / "data/queries.jsonl", help="{query} (data/queries.jsonl)")
+    add("--references", type=Path, default=ROOT / "data/references.jsonl", help="{query, response, popularity?}")
+    add("--candidates", type=Path, nargs="*", default=[], help="files of {query, response} to judge too")
+    add("--policies", nargs="*", default=[], help="further policies to sample: models, or adapter folders of step 4")
+    add("--samples", type=int, default=4, help="candidates a query, policy and temperature (%(default)s)")
+    add("--temperature", type=float, nargs="+", default=[1.0], help="of the policies; one or several (1.0)")
+    add("--max-tokens", type=int, default=512, help="of a candidate (%(default)s)")
+    add("--max-similar", type=float, default=0.9, help="share of character pairs in common with an earlier candidate "
+        "of the query, above which one is dropped (%(default)s)")  # fmt: skip
+    add("--max-copied", type=float, default=0.8, help="share of a candidate found in one reference, above which it is "
+        "dropped (%(default)s)")  # fmt: skip
+    add("--embedding-model", help="retrieve by this sentence-embedding model, not by character TF-IDF")
+    add("--examples", type=positive, default=3, help="references shown to the agents (%(default)s)")
+    add("--votes", type=positive, default=1, help="verdicts a candidate, an odd number; the majority counts")
+    add("--uses", type=positive, default=2, help="pairs that one candidate may be in (%(default)s)")
+    add("--no-retrieval", action="store_true", help="ablation: no references shown")
+    add("--no-debate", action="store_true", help="ablation: the Judge hears no debate")
+    add("--no-reflect", action="store_true", help="ablation: the Judge's verdict stands")
     models.add_policy_flags(parser)
     llm.add_endpoint_flags(parser)
     add_run_flags(parser)
-    return parse(parser, OFFLINE)
+    args = parse(parser, OFFLINE)
+    if args.votes % 2 == 0:
+        fail("--votes must be odd, or half of the verdicts could stand against the other half")
+    if not args.samples and not args.candidates:
+        fail("--samples 0 leaves nothing to judge; name files with --candidates")
+    return args
 
 
 # ---- candidates -----------------------------------------------------------------------------------------------------
 
 
 def sample_candidates(args: argparse.Namespace, queries: list[Query]) -> bool:
-    """Write candidates.jsonl: --samples greetings from the policy for each query; goes on where it was.
+    """Write candidates.jsonl: the files given, and --samples greetings a query, policy and temperature.
 
-    Returns whether all of it was there already.
+    Goes on where it was. Returns whether all of it was there already.
     """
-    policy = models.policy_path(args) if args.samples else ""
+    policies = [models.policy_path(args), *args.policies] if args.samples else []
     stage = Stage(
         args.run, "01_candidates", ["candidates.jsonl"],
-        {"seed": args.seed, "queries": file_hash(args.queries), "policy": policy, "bits": args.bits,
+        {"seed": args.seed, "queries": file_hash(args.queries), "policies": policies, "bits": args.bits,
          "samples": args.samples, "temperature": args.temperature, "max_tokens": args.max_tokens,
          "batch": args.batch_size_generate,
          "prompts": llm.prompt_hashes(["policy"], args.prompts), "files": [file_hash(p) for p in args.candidates]},
@@ -92,70 +111,132 @@ def sample_candidates(args: argparse.Namespace, queries: list[Query]) -> bool:
     )  # fmt: skip
     if stage.done:
         return True
-    path = args.run / "candidates.jsonl"
-    with Appender(path) as append:
+    with Appender(args.run / "candidates.jsonl") as append:
         for file in args.candidates:
-            for given in read(file, Candidate, unique=False):
+            for given in stream(file, Candidate, unique=False):
                 label = {"given_label": given.label} if hasattr(given, "label") else {}
                 kept = given.model_dump(include=set(Candidate.model_fields) - {"query_id"})
                 if given.id not in append.done:
                     append(Candidate.model_validate(kept | label | {"source": given.source or file.name}))
-        slots = [(query, n) for query in queries for n in range(args.samples)]
-        slots = [(query, n) for query, n in slots if digest(query.id, args.seed, n) not in append.done]
-        if slots:
-            models.quiet()
-            model, tokenizer = models.load_policy(policy, args.bits)
-            chunk = 4 * args.batch_size_generate  # written as it is done: a killed run loses one chunk
-            for start in range(0, len(slots), chunk):
-                part = slots[start : start + chunk]
-                texts = models.generate(
-                    model, tokenizer, [models.conversation(query.query, args.prompts) for query, _ in part],
-                    temperature=args.temperature, top_p=1.0, max_tokens=args.max_tokens,
-                    batch_size=args.batch_size_generate,
-                    seed=int(digest(args.seed, part[0][0].id, part[0][1])[:8], 16),
-                    progress=f"candidates {start + len(part)}/{len(slots)}",
-                )  # fmt: skip
-                for (query, n), text in zip(part, texts, strict=True):
-                    append(Candidate(
-                        id=digest(query.id, args.seed, n), query_id=query.id, query=query.query,
-                        response=text or "（空）", source=Path(policy).name, temperature=args.temperature,
-                    ))  # fmt: skip
+        for policy in policies:
+            sample_from(args, policy, queries, append)
     stage.finish()
     return False
+
+
+def sample_from(args: argparse.Namespace, policy: str, queries: list[Query], append: Appender) -> None:
+    """Append --samples greetings of one policy for each query and temperature, but those that are there."""
+    slots = {
+        digest(query.id, args.seed, policy, temperature, n): (temperature, query)
+        for temperature in args.temperature for query in queries for n in range(args.samples)
+    }  # fmt: skip
+    slots = [(key, *slot) for key, slot in slots.items() if key not in append.done]
+    if not slots:
+        return
+    models.quiet()
+    adapter = Path(policy, "adapter_config.json")
+    base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else policy
+    model, tokenizer = models.load_policy(base, args.bits, Path(policy) if adapter.is_file() else None)
+    done, chunk = 0, 4 * args.batch_size_generate  # written as it is done: a killed run loses one chunk
+    for temperature, same in itertools.groupby(slots, key=lambda slot: slot[1]):
+        while part := list(itertools.islice(same, chunk)):
+            done += len(part)
+            texts = models.generate(
+                model, tokenizer, [models.conversation(query.query, args.prompts) for _, _, query in part],
+                temperature=temperature, top_p=1.0, max_tokens=args.max_tokens, batch_size=args.batch_size_generate,
+                seed=int(part[0][0][:8], 16), progress=f"candidates {done}/{len(slots)}",
+            )  # fmt: skip
+            for (key, _, query), text in zip(part, texts, strict=True):
+                append(Candidate(
+                    id=key, query_id=query.id, query=query.query, response=text or "（空）",
+                    source=Path(policy).name, temperature=temperature,
+                ))  # fmt: skip
+
+
+def screen(args: argparse.Namespace, references: list[Reference]) -> dict[str, str]:
+    """Candidate id -> why it is not worth a judgement: a duplicate, a near-duplicate, or a copy of a reference."""
+    where: dict[str, list[int]] = {}  # run of 6 characters -> references that hold it
+    for number, reference in enumerate(references if args.max_copied < 1 else []):
+        for run in grams(reference.response, 6):
+            where.setdefault(run, []).append(number)
+    reasons, seen = {}, {}
+    for candidate in stream(args.run / "candidates.jsonl", Candidate):
+        text, earlier = candidate.response, seen.setdefault(candidate.query, [])
+        runs = grams(text, 6)
+        copied = Counter(number for run in runs for number in where.get(run, ()))
+        if text in earlier:
+            reasons[candidate.id] = "duplicate"
+        elif args.max_similar < 1 and any(similarity(text, other) > args.max_similar for other in earlier):
+            reasons[candidate.id] = "near-duplicate"
+        elif copied and max(copied.values()) > args.max_copied * len(runs):
+            reasons[candidate.id] = "copies a reference"
+        else:
+            earlier.append(text)
+    return reasons
+
+
+def grams(text: str, n: int) -> set[str]:
+    return {text[i : i + n] for i in range(len(text) - n + 1)}
+
+
+def similarity(one: str, other: str) -> float:
+    """Jaccard similarity of the pairs of neighbouring characters."""
+    a, b = grams(one, 2), grams(other, 2)
+    return len(a & b) / max(1, len(a | b))
 
 
 # ---- the five agents ------------------------------------------------------------------------------------------------
 
 
 class Retrieval:
-    """The agent that needs no model: references for queries most like the one asked, by character TF-IDF."""
+    """The agent that needs no answer from a model: references for queries most like the one asked.
 
-    def __init__(self, references: list[Reference]):
-        from sklearn.feature_extraction.text import TfidfVectorizer
+    Likeness is the cosine of character TF-IDF vectors, or of a sentence-embedding model's. Where references have a
+    popularity, the most popular among the nearest come first.
+    """
 
-        self.references = references
-        self.vectorizer = TfidfVectorizer(analyzer="char", ngram_range=(1, 2), sublinear_tf=True)
-        self.index = self.vectorizer.fit_transform([r.query for r in references])
+    WIDER = 5  # nearest references looked at for each that is shown
 
-    def __call__(self, query: str, response: str, k: int) -> list[Reference]:
-        """The k nearest references; never one for the very query or the very text that is judged."""
-        similarity = (self.index @ self.vectorizer.transform([query]).T).toarray()[:, 0]
-        nearest = (self.references[i] for i in similarity.argsort()[::-1])
-        return list(itertools.islice((r for r in nearest if r.query != query and r.response != response), k))
+    def __init__(self, args: argparse.Namespace, references: list[Reference]):
+        self.references, self.k, self.nearest = references, args.examples, {}
+        asked = [r.query for r in references]
+        if args.embedding_model:
+            self.embed = models.Embedding(args.embedding_model)
+            kept = INDEX / f"{digest(args.embedding_model, asked)}.npy"
+            self.index = self.embed.kept(asked, kept).T
+        else:  # made anew in a tenth of a second: nothing to keep
+            from sklearn.feature_extraction.text import TfidfVectorizer
+
+            vectorizer = TfidfVectorizer(analyzer="char", ngram_range=(1, 2), sublinear_tf=True)
+            self.index = vectorizer.fit_transform(asked).T
+            self.embed = vectorizer.transform
+
+    def look_up(self, queries: list[str], batch: int = 512) -> None:
+        """Find the nearest references of many queries at once, which is a hundred times quicker than one by one."""
+        import numpy as np
+
+        wider = min(len(self.references), self.WIDER * self.k + 20)
+        for start in range(0, len(queries), batch):
+            part = queries[start : start + batch]
+            likeness = self.embed(part) @ self.index
+            likeness = likeness if isinstance(likeness, np.ndarray) else likeness.toarray()
+            for query, row in zip(part, likeness, strict=True):
+                top = np.argpartition(-row, wider - 1)[:wider]
+                self.nearest[query] = top[np.lexsort((top, -row[top]))].tolist()
+
+    def __call__(self, query: str, response: str) -> list[Reference]:
+        """The references to show; never one for the very query or with the very text that is judged."""
+        near = (self.references[i] for i in self.nearest[query])
+        fair = [r for r in near if r.query != query and r.response != response][: self.WIDER * self.k]
+        return sorted(fair, key=lambda r: -(r.popularity or 0))[: self.k]
 
 
 async def judge_one(
-    args: argparse.Namespace, client: llm.Client, examples: list[Reference], candidate: Candidate
+    args: argparse.Namespace, client: llm.Client, prompts: dict, examples: list[Reference], candidate: Candidate
 ) -> Judgement:
     """The debate about one candidate; where an agent cannot be heard, `error` says why and there is no label."""
-    roles = [
-        r
-        for r in ROLES
-        if not (args.no_debate and r in ("positive", "negative")) and not (args.no_reflect and r == "reflect")
-    ]
     record = Judgement(
-        **candidate.model_dump(), examples=[r.id for r in examples], model=client.model,
-        prompts=llm.prompt_hashes(roles, args.prompts),
+        **candidate.model_dump(), examples=[r.id for r in examples], model=client.model, prompts=prompts
     )  # fmt: skip
     seen = {
         "query": candidate.query, "response": candidate.response,
@@ -169,51 +250,68 @@ async def judge_one(
             )
             record.positive, record.negative = answers[0].points, answers[1].points
         debate = {"positive": record.positive, "negative": record.negative}
-        answers.append(await client.ask("judge", llm.Verdict, **seen, **debate))
-        record.judge = answers[-1].model_dump()
-        if not args.no_reflect:
-            answers.append(await client.ask("reflect", llm.Verdict, **seen, **debate, judge=record.judge))
-            record.reflect = answers[-1].model_dump()
-        record.label = answers[-1].verdict
+        for sample in range(args.votes):
+            vote = {"sample": sample, "temperature": 0.7 if sample else 0.0}
+            answers.append(verdict := await client.ask("judge", llm.Verdict, **seen, **debate, **vote))
+            judge = verdict.model_dump()
+            record.judge = record.judge or judge
+            if not args.no_reflect:
+                answers.append(
+                    verdict := await client.ask("reflect", llm.Verdict, **seen, **debate, judge=judge, **vote)
+                )
+                record.reflect = record.reflect or verdict.model_dump()
+            record.votes.append(verdict.verdict)
+        record.label = int(2 * sum(record.votes) > args.votes)
     except llm.Unusable as e:
         record.error = str(e)
     record.input_tokens, record.output_tokens = (sum(a.tokens[i] for a in answers) for i in (0, 1))
     return record
 
 
-def judge_candidates(args: argparse.Namespace, candidates: list[Candidate]) -> bool:
-    """Write judgements.jsonl, one line a distinct candidate as its verdict comes; goes on where it was.
+def judge_candidates(args: argparse.Namespace, references: list[Reference], screened: dict[str, str]) -> bool:
+    """Write judgements.jsonl, one line a candidate as its verdict comes; goes on where it was.
 
     Returns whether all of it was there already.
     """
     from tqdm import tqdm
 
+    roles = ROLES[2 * args.no_debate : 4 - args.no_reflect]
+    prompts = llm.prompt_hashes(roles, args.prompts)
     stage = Stage(
         args.run, "01_judgements", ["judgements.jsonl"],
         {"candidates": file_hash(args.run / "candidates.jsonl"), "references": file_hash(args.references),
-         "endpoint": llm.endpoint_name(args), "examples": args.examples, "seed": args.seed,
+         "endpoint": llm.endpoint_name(args), "examples": args.examples, "embedding": args.embedding_model,
+         "seed": args.seed, "votes": args.votes, "max_similar": args.max_similar, "max_copied": args.max_copied,
          "no_retrieval": args.no_retrieval, "no_debate": args.no_debate, "no_reflect": args.no_reflect,
-         "prompts": llm.prompt_hashes(ROLES, args.prompts)},
+         "prompts": prompts},
         args.redo,
     )  # fmt: skip
     if stage.done:
         return True
-    retrieve = None if args.no_retrieval else Retrieval(read(args.references, Reference))
-    path = args.run / "judgements.jsonl"
-    if path.is_file() and path.stat().st_size:  # what failed last time is asked again
-        write(path, [record for record in read(path, Judgement) if not record.error])
-    failed = 0
+    path, failed = args.run / "judgements.jsonl", 0
+    with Appender(path):  # mends what a kill left
+        pass
+    if path.stat().st_size:  # what failed last time is asked again
+        write(path, (record for record in stream(path, Judgement) if not record.error))
     with Appender(path) as append:
-        todo = [c for c in candidates if c.id not in append.done]
+
+        def todo() -> Iterator[Candidate]:
+            for candidate in stream(args.run / "candidates.jsonl", Candidate):
+                if candidate.id not in screened and candidate.id not in append.done:
+                    yield candidate
+
+        asked = Counter(candidate.query for candidate in todo())
+        retrieve = None if args.no_retrieval else Retrieval(args, references)
+        if retrieve:
+            retrieve.look_up(list(asked))
 
         async def judge_all() -> None:
-            queue = iter(todo)
-            bar = tqdm(total=len(todo), desc="judgements", unit="greeting")
+            queue, bar = todo(), tqdm(total=asked.total(), desc="judgements", unit="greeting")
 
             async def worker() -> None:
                 for candidate in queue:  # the workers share one iterator: nobody waits for the slowest
-                    examples = retrieve(candidate.query, candidate.response, args.examples) if retrieve else []
-                    record = await judge_one(args, client, examples, candidate)
+                    examples = retrieve(candidate.query, candidate.response) if retrieve else []
+                    record = await judge_one(args, client, prompts, examples, candidate)
                     append(record)
                     nonlocal failed
                     failed += record.error is not None
@@ -232,13 +330,28 @@ def judge_candidates(args: argparse.Namespace, candidates: list[Candidate]) -> b
 # ---- rejection sampling: pairs and demonstrations -------------------------------------------------------------------
 
 
-def choose_pairs(args: argparse.Namespace, judged: list[Judgement]) -> list[Preference]:
+class Judged(NamedTuple):
+    """What pairing needs of a judgement: ten thousands of them are in memory at once."""
+
+    id: str
+    query_id: str
+    query: str
+    response: str
+    label: int
+    strengths: int  # points for it minus points against it
+    why: str
+
+
+Pair = tuple[Judged, Judged]  # accepted, rejected
+
+
+def choose_pairs(args: argparse.Namespace, judged: list[Judged]) -> tuple[list[Pair], set[str]]:
     """Pairs of an accepted and a rejected candidate of one query, so that length decides nothing over the whole file.
 
-    Pairs of nearest length come first; a candidate is in at most --uses of them; and as many are kept in which the
-    chosen text is the longer one as in which it is the shorter one.
+    Pairs of nearest length come first; a candidate is in at most --uses of them; and where the lengths differ, the
+    longer text wins as often as it loses. Also returns the ids of those that only this balance left out.
     """
-    groups: dict[str, list[Judgement]] = {}
+    groups: dict[str, list[Judged]] = {}
     for record in judged:
         groups.setdefault(record.query, []).append(record)
     possible = [
@@ -247,53 +360,80 @@ def choose_pairs(args: argparse.Namespace, judged: list[Judgement]) -> list[Pref
         for good in group if good.label == 1
         for bad in group if bad.label == 0
     ]  # fmt: skip
-    possible.sort(key=lambda p: (abs(len(p[0].response) - len(p[1].response)) / len(p[0].response), p[0].id, p[1].id))
-    uses, kept = Counter(), {1: [], 0: [], -1: []}
-    for good, bad in possible:
-        if uses[good.id] < args.uses and uses[bad.id] < args.uses:
-            uses.update((good.id, bad.id))
-            longer = (len(good.response) > len(bad.response)) - (len(good.response) < len(bad.response))
-            kept[longer].append((good, bad))
-    balanced = min(len(kept[1]), len(kept[-1]))
-    return [
-        Preference(
-            prompt=models.conversation(good.query, args.prompts), query=good.query, query_id=good.query_id,
-            chosen=[{"role": "assistant", "content": good.response}], chosen_id=good.id,
-            rejected=[{"role": "assistant", "content": bad.response}], rejected_id=bad.id,
-            why=(bad.reflect or bad.judge)["reason"],
-        )
-        for good, bad in kept[0] + kept[1][:balanced] + kept[-1][:balanced]
-    ]  # fmt: skip
+    possible.sort(key=lambda p: (length_gap(p), p[0].id, p[1].id))
+    uses = Counter()
+
+    def unused(pairs: Iterable[Pair]) -> Iterator[Pair]:
+        for pair in pairs:
+            if all(uses[one.id] < args.uses for one in pair):
+                uses.update(one.id for one in pair)
+                yield pair
+
+    gaps = [len(good.response) - len(bad.response) for good, bad in possible]
+    equal, longer, shorter = (
+        unused([pair for pair, gap in zip(possible, gaps, strict=True) if keep(gap)])
+        for keep in (lambda gap: gap == 0, lambda gap: gap > 0, lambda gap: gap < 0)
+    )
+    kept, unequal = list(equal), []
+    for side in itertools.cycle((longer, shorter)):
+        pair = next(side, None)
+        if pair is None:
+            break
+        unequal.append(pair)
+    if len(unequal) % 2:
+        unequal.pop()
+    kept += unequal
+    used = {one.id for pair in kept for one in pair}
+    return kept, {one.id for pair in possible for one in pair} - used
 
 
-def choose_demonstrations(args: argparse.Namespace, judged: list[Judgement]) -> list[Demonstration]:
-    """The best accepted greeting of each query; no opening of two characters may begin more than 6% of them."""
-    best: dict[str, tuple[int, Judgement]] = {}
+def length_gap(pair: Pair) -> float:
+    """Difference of two lengths as a share of the longer one."""
+    lengths = sorted(len(one.response) for one in pair)
+    return (lengths[1] - lengths[0]) / lengths[1]
+
+
+def choose_demonstrations(judged: list[Judged]) -> list[Judged]:
+    """The best accepted greeting of each query whose opening is not used up yet."""
+    groups: dict[str, list[Judged]] = {}
     for record in judged:
-        strengths = len(record.positive) - len(record.negative)
-        if record.label == 1 and (record.query_id not in best or strengths > best[record.query_id][0]):
-            best[record.query_id] = (strengths, record)
-    openings, rows = Counter(), []
-    for _, record in best.values():
-        opening = record.response[:2]
-        openings[opening] += 1
-        if openings[opening] <= max(1, 0.06 * len(best)):
-            completion = [{"role": "assistant", "content": record.response}]
-            prompt = models.conversation(record.query, args.prompts)
-            ids = {"query_id": record.query_id, "candidate_id": record.id}
-            rows.append(Demonstration(prompt=prompt, completion=completion, query=record.query, **ids))
-    return rows
+        if record.label == 1:
+            groups.setdefault(record.query_id, []).append(record)
+    openings, chosen = Counter(), []
+    for group in groups.values():
+        for record in sorted(group, key=lambda r: -r.strengths):
+            if openings[record.response[:2]] < max(1, int(OPENING * len(groups))):
+                openings[record.response[:2]] += 1
+                chosen.append(record)
+                break
+    return chosen
+
+
+def as_preference(args: argparse.Namespace, pair: Pair) -> Preference:
+    good, bad = pair
+    return Preference(
+        prompt=models.conversation(good.query, args.prompts), query=good.query, query_id=good.query_id, why=bad.why,
+        chosen=[{"role": "assistant", "content": good.response}], chosen_id=good.id,
+        rejected=[{"role": "assistant", "content": bad.response}], rejected_id=bad.id,
+    )  # fmt: skip
+
+
+def as_demonstration(args: argparse.Namespace, good: Judged) -> Demonstration:
+    return Demonstration(
+        prompt=models.conversation(good.query, args.prompts), query=good.query, query_id=good.query_id,
+        completion=[{"role": "assistant", "content": good.response}], candidate_id=good.id,
+    )  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> int:
     started = time.time()
     queries = read(args.queries, Query) if args.samples else []
+    references = read(args.references, Reference)
     open_run(args.run)
     llm.Client.probe(args, args.run)
-    done = sample_candidates(args, queries)
-    candidates = read(args.run / "candidates.jsonl", Candidate)
-    distinct = list({(c.query, c.response): c for c in reversed(candidates)}.values())[::-1]
-    done &= judge_candidates(args, distinct)
+    done, sampled = sample_candidates(args, queries), time.time()
+    screened = screen(args, references)
+    done, judging = judge_candidates(args, references, screened) and done, time.time()
     stage = Stage(
         args.run, "01_pairs", ["preferences.jsonl", "sft.jsonl", "fates.jsonl", "01_summary.json"],
         {"judgements": file_hash(args.run / "judgements.jsonl"), "uses": args.uses,
@@ -304,39 +444,50 @@ def main(args: argparse.Namespace) -> int:
         print(f"01: done already, see {args.run / '01_summary.json'}")
         return 0
 
-    judged = read(args.run / "judgements.jsonl", Judgement)
-    pairs, demonstrations = choose_pairs(args, judged), choose_demonstrations(args, judged)
-    write(args.run / "preferences.jsonl", pairs)
-    write(args.run / "sft.jsonl", demonstrations)
-    fates = {c.id: "duplicate" for c in candidates} | {
-        r.id: "failed" if r.error else "accepted, not needed" if r.label else "rejected, not needed" for r in judged
-    }
-    used = {i: "pair" for p in pairs for i in (p.chosen_id, p.rejected_id)}
-    fates |= used | {d.candidate_id: "pair, sft" if d.candidate_id in used else "sft" for d in demonstrations}
-    write(args.run / "fates.jsonl", ({"id": i, "fate": fate} for i, fate in fates.items()))
+    judged, fates, failures, audits, votes, given = [], dict(screened), Counter(), [], [], []
+    for r in stream(args.run / "judgements.jsonl", Judgement):
+        if r.label is None:
+            failures[r.error] += 1
+            fates[r.id] = f"failed: {r.error}"
+            continue
+        why, strengths = (r.reflect or r.judge)["reason"], len(r.positive) - len(r.negative)
+        judged.append(Judged(r.id, r.query_id, r.query, r.response, r.label, strengths, why))
+        audits += [(r.judge["verdict"], r.reflect["verdict"])] if r.reflect else []
+        votes.append(max(sum(r.votes), len(r.votes) - sum(r.votes)))
+        given += [(r.given_label, r.label)] if hasattr(r, "given_label") else []
+    (pairs, unbalanced), rows = choose_pairs(args, judged), choose_demonstrations(judged)
+    write(args.run / "preferences.jsonl", (as_preference(args, pair) for pair in pairs))
+    write(args.run / "sft.jsonl", (as_demonstration(args, row) for row in rows))
 
-    heard = [r for r in judged if r.label is not None]
-    audited = [r for r in heard if r.reflect]
-    decided = [len(p.texts[1]) - len(p.texts[2]) for p in pairs if len(p.texts[1]) != len(p.texts[2])]
+    paired, shown = {one.id for pair in pairs for one in pair}, {row.id for row in rows}
+    for r in judged:
+        roles = ["pair"] * (r.id in paired) + ["sft"] * (r.id in shown)
+        alone = "left out for the balance of lengths or --uses" if r.id in unbalanced else "no opposite for its query"
+        fates[r.id] = ", ".join(roles) or f"{'accepted' if r.label else 'rejected'}: {alone}"
+    write(args.run / "fates.jsonl", ({"id": i, "fate": fate} for i, fate in fates.items()))
+    unequal = [len(good.response) > len(bad.response) for good, bad in pairs if length_gap((good, bad))]
+    ledger = llm.Store(args.run / "answers.sqlite").ledger(ROLES)
     figures = {
-        "candidates": len(candidates), "judged": len(judged), "pairs": len(pairs), "sft": len(demonstrations),
-        "accepted": rate(sum(r.label for r in heard), len(heard)),
-        "overturned": rate(sum(r.judge["verdict"] != r.label for r in audited), len(audited)),
-        "longer_wins": rate(sum(d > 0 for d in decided), len(decided)),
-        "failures": Counter(r.error for r in judged if r.error),
-        "fates": Counter(fates.values()),
-        "ledger": llm.Store(args.run / "answers.sqlite").ledger(ROLES),
+        "candidates": len(fates), "judged": len(judged) + failures.total(), "pairs": len(pairs), "sft": len(rows),
+        "accepted": rate(sum(r.label for r in judged), len(judged)),
+        "overturned": rate(sum(before != after for before, after in audits), len(audits)),
+        "judge_reflect_kappa": agreement(*zip(*audits, strict=True))["kappa"] if audits else None,
+        "votes_agree": rate(sum(votes), args.votes * len(votes)) if args.votes > 1 else None,
+        "longer_wins": rate(sum(unequal), len(unequal)),
+        "within_20_percent": rate(sum(length_gap(pair) <= 0.2 for pair in pairs), len(pairs)),
+        "failures": failures, "fates": Counter(fates.values()), "ledger": ledger,
+        "money": round(llm.money(args, ledger["input_tokens"], ledger["output_tokens"]), 4),
+        "seconds_by_phase": {"sample": round(sampled - started, 2), "judge": round(judging - sampled, 2)},
     }  # fmt: skip
-    given = [r for r in heard if hasattr(r, "given_label")]
     if given:
-        figures["agreement_with_given_labels"] = rate(sum(r.label == r.given_label for r in given), len(given))
+        figures["agreement_with_given_labels"] = agreement(*zip(*given, strict=True))
     write_summary(args.run, "01_summary", started, vars(args), figures)
     stage.finish()
     accepted, longer = (figures[key]["value"] or 0 for key in ("accepted", "longer_wins"))
-    print(f"01: {len(judged)} greetings judged, {accepted:.0%} accepted; {len(pairs)} pairs, longer wins {longer:.0%}; "
-          f"{len(demonstrations)} SFT rows in {args.run}")  # fmt: skip
-    if failures := sum(figures["failures"].values()):
-        print(f"01: {failures} judgements failed, {dict(figures['failures'])}; run again to ask them again")
+    print(f"01: {figures['judged']} greetings judged, {accepted:.0%} accepted; {len(pairs)} pairs, "
+          f"longer wins {longer:.0%}; {len(rows)} SFT rows in {args.run}")  # fmt: skip
+    if failures:
+        print(f"01: {failures.total()} judgements failed, {dict(failures)}; run again to ask them again")
         return 3
     if not pairs:
         print("01: no query has both an accepted and a rejected candidate: no pairs; raise --samples or --temperature")

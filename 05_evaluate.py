@@ -154,7 +154,7 @@ def ask_agents(args: argparse.Namespace, rows: list[dict]) -> None:
     write(folder / "greetings.jsonl", ({"query": r["query"], "response": r["response"]} for r in distinct.values()))
     command = [sys.executable, str(ROOT / "01_curate_preferences.py"), "--run", str(folder), "--samples", "0", "--redo"]
     command += ["--candidates", str(folder / "greetings.jsonl"), "--prompts", str(args.prompts)]
-    command += ["--seed", str(args.seed)]
+    command += ["--seed", str(args.seed), "--max-similar", "1", "--max-copied", "1"]  # every one is judged
     command += ["--base-url", args.base_url, "--model", args.model, "--api-key-env", args.api_key_env]
     command += ["--concurrency", str(args.concurrency), "--timeout", str(args.timeout)]
     command += ["--attempts", str(args.attempts)] + ["--offline"] * args.offline

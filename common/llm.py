@@ -5,12 +5,17 @@ cache where the same question was paid for before, sends it otherwise, and retur
 raises `Unusable` with the reason. Nothing else is ever taken for an answer.
 """
 
+import argparse
 import asyncio
 import json
 import os
 import random
 import re
 import sqlite3
+import sys
+import time
+from collections import deque
+from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -18,7 +23,8 @@ from weakref import WeakValueDictionary
 
 import jinja2
 import jinja2.meta
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from tqdm import tqdm
 
 from common.records import ROOT, Messages, Record, digest, fail, file_hash, positive, read
 
@@ -164,17 +170,36 @@ def current_principles(path: Path) -> list[str]:
 # ---- the client -----------------------------------------------------------------------------------------------------
 
 
+def address(text: str) -> str:
+    """argparse type: an endpoint's address and nothing else; a key in it would end up in files and logs."""
+    from urllib.parse import urlsplit
+
+    parts = urlsplit(text)
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise argparse.ArgumentTypeError("more than an address; a key belongs in the variable that --api-key-env names")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise argparse.ArgumentTypeError("no address such as http://127.0.0.1:8000/v1")
+    return text.rstrip("/")
+
+
 def add_endpoint_flags(parser) -> None:
     """The flags of every script that talks to the agents' endpoint."""
     group = parser.add_argument_group("agents' endpoint")
     group.add_argument(
-        "--base-url", default="http://127.0.0.1:8000/v1", help="OpenAI-compatible endpoint (%(default)s)"
+        "--base-url", type=address, default="http://127.0.0.1:8000/v1", help="OpenAI-compatible endpoint (%(default)s)"
     )
     group.add_argument("--model", default="Qwen/Qwen2.5-32B-Instruct-AWQ", help="model of the agents (%(default)s)")
     group.add_argument("--api-key-env", default="OPENAI_API_KEY", help="variable that holds the key (%(default)s)")
-    group.add_argument("--concurrency", type=positive, default=64, help="requests under way at once (%(default)s)")
+    group.add_argument(
+        "--concurrency", type=positive, default=64, help="requests under way at once, at most (%(default)s)"
+    )
     group.add_argument("--timeout", type=float, default=120, help="seconds for one attempt (%(default)s)")
     group.add_argument("--attempts", type=positive, default=5, help="attempts at one question (%(default)s)")
+    group.add_argument("--price-in", type=float, default=0.0, help="money for a million prompt tokens")
+    group.add_argument("--price-out", type=float, default=0.0, help="money for a million answer tokens")
+    group.add_argument(
+        "--budget", type=float, help="stop when this run folder has cost so much: money with --price-*, tokens without"
+    )
     group.add_argument("--prompts", type=Path, default=PROMPTS, help="folder of the prompts")
 
 
@@ -188,31 +213,61 @@ def endpoint_name(args) -> tuple[str, str]:
 
 
 class Store:
-    """Answers and the ledger in one SQLite file: what was paid for survives a kill, and is not paid for again."""
+    """Answers and the ledger in one SQLite file: what was paid for survives a kill, and is not paid for again.
+
+    A request is noted before it is sent and its outcome is booked, with the answer, in one transaction. After a kill
+    the requests without an outcome are booked as `killed`: whether the endpoint billed those, only it knows.
+    """
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
         self.db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
         self.db.execute("PRAGMA journal_mode=WAL")
         self.db.execute("PRAGMA synchronous=NORMAL")
-        self.db.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text, input_tokens, output_tokens)")
-        self.db.execute(
+        self.db.executescript(
+            "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text, input_tokens, output_tokens);"
+            "CREATE TABLE IF NOT EXISTS sent (number INTEGER PRIMARY KEY, role);"
             "CREATE TABLE IF NOT EXISTS ledger (role, outcome, calls INT, input_tokens INT, output_tokens INT,"
-            " PRIMARY KEY (role, outcome))"
+            " PRIMARY KEY (role, outcome));"
         )
+        sums = self.db.execute("SELECT SUM(input_tokens), SUM(output_tokens) FROM ledger").fetchone()
+        self.tokens = [count or 0 for count in sums]  # prompt and answer tokens of the run folder so far
 
     def get(self, key: str) -> tuple[str, int, int] | None:
         return self.db.execute("SELECT text, input_tokens, output_tokens FROM answers WHERE key=?", (key,)).fetchone()
 
-    def put(self, key: str, text: str, input_tokens: int, output_tokens: int) -> None:
-        self.db.execute("INSERT OR REPLACE INTO answers VALUES (?,?,?,?)", (key, text, input_tokens, output_tokens))
+    def begin(self, role: str) -> int:
+        """Note that a request is about to be sent."""
+        return self.db.execute("INSERT INTO sent (role) VALUES (?)", (role,)).lastrowid
 
-    def book(self, role: str, outcome: str, input_tokens: int = 0, output_tokens: int = 0) -> None:
+    def end(self, number: int, role: str, outcome: str, used: tuple[int, int], key: str = "", text: str = "") -> None:
+        """Book the outcome of a request, and keep its answer if it brought one."""
+        try:
+            with self.db:
+                self.db.execute("BEGIN")
+                self.db.execute("DELETE FROM sent WHERE number=?", (number,))
+                self._book(role, outcome, 1, *used)
+                if key:
+                    self.db.execute("INSERT OR REPLACE INTO answers VALUES (?,?,?,?)", (key, text, *used))
+        except sqlite3.OperationalError as e:
+            fail(f"{self.path}: {e}; make room and run again: what was answered before is kept")
+        self.tokens = [have + more for have, more in zip(self.tokens, used, strict=True)]
+
+    def _book(self, role: str, outcome: str, calls: int, input_tokens: int = 0, output_tokens: int = 0) -> None:
         self.db.execute(
-            "INSERT INTO ledger VALUES (?,?,1,?,?) ON CONFLICT DO UPDATE SET calls=calls+1,"
+            "INSERT INTO ledger VALUES (?,?,?,?,?) ON CONFLICT DO UPDATE SET calls=calls+excluded.calls,"
             " input_tokens=input_tokens+excluded.input_tokens, output_tokens=output_tokens+excluded.output_tokens",
-            (role, outcome, input_tokens, output_tokens),
+            (role, outcome, calls, input_tokens, output_tokens),
         )
+
+    def settle(self) -> None:
+        """Book what a killed process left without an outcome; for the one process that holds the run folder."""
+        with self.db:
+            self.db.execute("BEGIN")
+            for role, calls in self.db.execute("SELECT role, COUNT(*) FROM sent GROUP BY role").fetchall():
+                self._book(role, "killed", calls)
+            self.db.execute("DELETE FROM sent")
 
     def ledger(self, roles: list[str], since: dict | None = None) -> dict:
         """What these roles have cost in this run folder so far, or since an earlier call of this method."""
@@ -229,16 +284,76 @@ class Store:
         return spent | {"outcomes": {r[0]: r[1] for r in rows}}  # of the whole run folder
 
 
+def money(args, input_tokens: int, output_tokens: int) -> float:
+    return (input_tokens * args.price_in + output_tokens * args.price_out) / 1e6
+
+
+class Throttle:
+    """How many requests may be under way: --concurrency at most, half as many after a rate limit, slowly more again.
+
+    A rate limit also holds every request back until the time the endpoint named.
+    """
+
+    GROWTH = 1.05  # per second in which answers come
+
+    def __init__(self, most: int):
+        self.most, self.limit, self.under_way = most, float(most), 0
+        self.not_before = self.grown = 0.0
+        self.waiting: deque[asyncio.Future] = deque()
+
+    async def __aenter__(self) -> None:
+        while True:
+            if (pause := self.not_before - time.monotonic()) > 0:
+                await asyncio.sleep(pause)
+            elif self.under_way < int(self.limit):
+                break
+            else:
+                self.waiting.append(asyncio.get_running_loop().create_future())
+                await self.waiting[-1]
+        self.under_way += 1
+
+    async def __aexit__(self, *exc) -> None:
+        self.under_way -= 1
+        free = int(self.limit) - self.under_way
+        while self.waiting and free > 0:
+            future = self.waiting.popleft()
+            if not future.done():
+                future.set_result(None)
+                free -= 1
+
+    def answered(self) -> None:
+        """Let a little more through."""
+        now = time.monotonic()
+        if self.limit < self.most and now > self.not_before:
+            self.limit = min(self.most, self.limit * self.GROWTH ** min(1.0, now - max(self.grown, self.not_before)))
+            self.grown = now
+
+    def limited(self, sent: float, wait: float) -> None:
+        """A request that left at `sent` met a rate limit: hold everything for `wait` seconds.
+
+        Requests that left before the last pause tell nothing new: they do not halve again.
+        """
+        now = time.monotonic()
+        if sent >= self.not_before:
+            self.limit = max(1.0, self.limit / 2)
+            if wait >= 1:
+                tqdm.write(f"rate limit: waiting {wait:.0f} s, then {int(self.limit)} at once", file=sys.stderr)
+        self.not_before = max(self.not_before, now + wait)
+
+
 class Client:
     """Asks roles. One a script; close it with `await client.close()` or use it as `async with`."""
 
     def __init__(self, args, run: Path):
         import openai
 
-        self.prompts, self.seed, self.attempts = args.prompts, args.seed, args.attempts
+        self.args, self.prompts, self.seed = args, args.prompts, args.seed
         self.store = Store(run / "answers.sqlite")
-        self.slots = asyncio.Semaphore(args.concurrency)
+        self.store.settle()
+        self.throttle = Throttle(args.concurrency)
         self.asking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self.failed: dict[str, str] = {}  # questions that brought no usable answer in this process, and why
+        self.told: set[str] = set()
         transport = None
         self.model, self.endpoint = endpoint_name(args)
         if args.offline:
@@ -260,10 +375,11 @@ class Client:
 
         if self.endpoint != "offline":
             try:
-                await self.openai.models.list()
+                async with asyncio.timeout(self.args.timeout):
+                    await self.openai.models.list()
             except (openai.AuthenticationError, openai.PermissionDeniedError):
                 fail(f"{self.endpoint} refuses the key; set the variable that --api-key-env names")
-            except openai.APIConnectionError:
+            except (openai.APIConnectionError, TimeoutError):
                 fail(f"nothing answers at {self.endpoint}; start a server, name one with --base-url, or use --offline")
             except (openai.APIError, AttributeError, TypeError, ValueError):
                 pass  # not every server lists its models
@@ -293,65 +409,136 @@ class Client:
         Raises:
             Unusable: no usable answer came; str() of it is the reason.
         """
-        schema = {"name": role, "schema": answer.model_json_schema(), "strict": True}
         request = {
             "model": self.model,
             "messages": render(role, self.prompts, **slots),
             "temperature": temperature,
             "max_tokens": MAX_TOKENS,
             "seed": self.seed + sample,
-            "response_format": {"type": "json_schema", "json_schema": schema},
+            "response_format": response_format(role, answer),
         }
-        key = digest(self.endpoint, request)
-        async with self.asking.setdefault(
-            key, asyncio.Lock()
-        ):  # the same question at once: the second finds the answer
+        key = digest(self.endpoint, self.seed, sample, request)
+        # The same question at once: the second finds the answer of the first.
+        async with self.asking.setdefault(key, asyncio.Lock()):
             found = self.store.get(key)
             if not found:
-                async with self.slots:
-                    found = await self._insist(role, request, answer)
-                self.store.put(key, *found)
+                if key in self.failed:
+                    raise Unusable(self.failed[key])
+                try:
+                    found = await self._insist(key, role, request, answer)
+                except Unusable as e:
+                    self.failed[key] = str(e)
+                    raise
             return parsed(answer, *found)
 
-    async def _insist(self, role: str, request: dict, answer: type[BaseModel]) -> tuple[str, int, int]:
+    async def _insist(self, key: str, role: str, request: dict, answer: type[Answer]) -> tuple[str, int, int]:
         """Attempt the request until a usable answer comes, as often as --attempts allows; every attempt is booked."""
-        import openai
-
         temperature = request["temperature"]
-        for attempt in range(1, self.attempts + 1):
-            wait, used = min(MAX_WAIT, 0.5 * 2**attempt) * random.uniform(0.5, 1.0), (0, 0)
-            try:
-                completion = await self.openai.chat.completions.create(**request)
-                if usage := completion.usage:
-                    used = (usage.prompt_tokens or 0, usage.completion_tokens or 0)
-                text = usable_text(completion, answer)
-                self.store.book(role, "ok", *used)
-                return text, *used
-            except (openai.AuthenticationError, openai.PermissionDeniedError):
-                self.store.book(role, "refused")
-                raise Refused(f"{self.endpoint} refuses the key; set the variable that --api-key-env names") from None
-            except openai.NotFoundError:
-                self.store.book(role, "refused")
-                raise Refused(f"{self.endpoint} has no model {self.model}; name one it serves with --model") from None
-            except Unusable as e:
-                reason, wait, last = str(e), 0.0, attempt >= 3 or str(e) in ("cut at the token limit", "content filter")
-                # The same question would bring the same answer.
-                request = request | {"seed": request["seed"] + 1_000_003, "temperature": max(0.7, temperature)}
-            except (AttributeError, TypeError, ValueError):
-                reason, wait, last = "not a chat completion", 0.0, attempt >= 3
-            except openai.RateLimitError as e:
-                reason, wait, last = "rate limit", retry_after(e.response.headers, wait), False
-            except openai.APITimeoutError:
-                reason, last = "timeout", False
-            except openai.APIConnectionError:
-                reason, last = "connection", False
-            except openai.APIStatusError as e:
-                reason, last = f"HTTP {e.status_code}", e.status_code < 500
-            self.store.book(role, reason, *used)
-            if last or attempt == self.attempts:
+        for attempt in range(1, self.args.attempts + 1):
+            wait = min(MAX_WAIT, 0.5 * 2**attempt) * random.uniform(0.5, 1.0)
+            async with self.throttle:
+                self._check_budget()
+                sent = time.monotonic()
+                try:
+                    return await self._attempt(key, role, request, answer)
+                except Exception as e:
+                    reason, again = diagnose(e)
+                    if reason == "rate limit":
+                        wait = retry_after(e.response.headers, wait)
+                        self.throttle.limited(sent, wait)
+                    elif reason.startswith(("HTTP 401", "HTTP 403")):
+                        remedy = "refuses the key; set the variable that --api-key-env names"
+                        raise Refused(f"{self.endpoint} {remedy}") from None
+                    elif reason == "HTTP 404":
+                        remedy = f"has no model {self.model}; name one it serves with --model"
+                        raise Refused(f"{self.endpoint} {remedy}") from None
+                    elif reason.startswith("HTTP") and reason not in self.told:
+                        self.told.add(reason)
+                        tqdm.write(f"{role}: {reason}: {self._harmless(e)}", file=sys.stderr)
+            if attempt == min(again, self.args.attempts):
                 raise Unusable(reason)
+            if reason in ANSWERED_BADLY:  # the same question would bring the same answer
+                wait = 0.0
+                request = request | {"seed": request["seed"] + 1_000_003, "temperature": max(0.7, temperature)}
+            if reason == CUT:
+                wait, request = 0.0, request | {"max_tokens": 2 * request["max_tokens"]}
             await asyncio.sleep(wait)
         raise AssertionError("unreachable")
+
+    async def _attempt(self, key: str, role: str, request: dict, answer: type[Answer]) -> tuple[str, int, int]:
+        """One request, noted before and booked after, whatever comes of it."""
+        import httpx2
+
+        outcome, used, kept, number = "cancelled", (0, 0), {}, self.store.begin(role)
+        try:
+            async with asyncio.timeout(self.args.timeout):  # openai's own holds for each read: a slow drip outlasts it
+                # chat.completions.create() would check the schema anew for each request: most of its time
+                reply = await self.openai.post("/chat/completions", body=request, cast_to=httpx2.Response)
+            completion = reply.json()
+            if usage := completion.get("usage"):
+                used = (usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0)
+            kept = {"key": key, "text": usable_text(completion, answer)}
+            outcome = "ok"
+            self.throttle.answered()
+            return kept["text"], *used
+        except Exception as e:
+            outcome = diagnose(e)[0]
+            raise
+        finally:
+            self.store.end(number, role, outcome, used, **kept)
+
+    def _check_budget(self) -> None:
+        """Raises Refused where the run folder has cost what --budget allows; what is under way may still exceed it."""
+        if self.args.budget is None:
+            return
+        priced = self.args.price_in or self.args.price_out
+        spent = money(self.args, *self.store.tokens) if priced else sum(self.store.tokens)
+        if spent >= self.args.budget:
+            unit = "" if priced else " tokens"
+            raise Refused(
+                f"the budget of {self.args.budget:g}{unit} is spent ({spent:g}); what was answered is kept: "
+                "run again with a higher --budget to go on"
+            )
+
+    def _harmless(self, error: Exception) -> str:
+        """The first words of an error body; an endpoint may echo the key in it."""
+        text = " ".join(str(getattr(error, "message", error)).split())
+        return (text.replace(self.key, "***") if self.key else text)[:200]
+
+
+CUT, FILTERED = "cut at the token limit", "content filter"
+ANSWERED_BADLY = {"not the JSON asked for", "empty", "refusal", "no choice", "not a chat completion"}
+NEVER_MIND = 1_000_000
+
+
+def diagnose(error: Exception) -> tuple[str, int]:
+    """(reason, number of attempts that are worth while) for an attempt that failed; other errors are raised again."""
+    import openai
+
+    match error:
+        case Unusable():
+            reason = str(error)
+            return reason, {CUT: 2, FILTERED: 1}.get(reason, 3)
+        case openai.RateLimitError():
+            return "rate limit", NEVER_MIND
+        case openai.APITimeoutError() | TimeoutError():
+            return "timeout", NEVER_MIND
+        case openai.APIConnectionError():
+            return "connection", NEVER_MIND
+        case openai.APIStatusError():
+            again = error.status_code >= 500 or error.status_code in (408, 409)
+            return f"HTTP {error.status_code}", NEVER_MIND if again else 1
+        case openai.APIError() | AttributeError() | KeyError() | TypeError() | ValueError():
+            return "not a chat completion", 3
+    raise error
+
+
+@lru_cache
+def response_format(role: str, answer: type[Answer]) -> dict:
+    return {
+        "type": "json_schema",
+        "json_schema": {"name": role, "schema": answer.model_json_schema(), "strict": True},
+    }
 
 
 def parsed(answer: type[A], text: str, input_tokens: int, output_tokens: int) -> A:
@@ -361,32 +548,45 @@ def parsed(answer: type[A], text: str, input_tokens: int, output_tokens: int) ->
 
 
 def retry_after(headers, otherwise: float) -> float:
-    """Seconds that the server asks to wait, at most MAX_WAIT; `otherwise` where it does not say."""
+    """Seconds that the server asks to wait, given as seconds or as a date; at most MAX_WAIT, at least `otherwise`."""
+    told = headers.get("retry-after", "")
     try:
-        return min(MAX_WAIT, max(otherwise, float(headers["retry-after"])))
-    except (KeyError, ValueError):
-        return otherwise
+        seconds = float(told)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(told).timestamp() - time.time()
+        except ValueError:
+            return otherwise
+    return min(MAX_WAIT, max(otherwise, seconds)) if seconds == seconds else otherwise
 
 
-def usable_text(completion, answer: type[BaseModel]) -> str:
+def one_of_each(pairs: list[tuple[str, object]]) -> dict:
+    """For json.loads: an object that names a key twice could be read either way, so it is not read at all."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key twice")
+    return dict(pairs)
+
+
+def usable_text(completion: dict, answer: type[BaseModel]) -> str:
     """The JSON text of a completion that fits the schema; raises Unusable with the reason otherwise."""
-    choice = completion.choices[0] if completion.choices else None
-    if choice is None or choice.message is None:
+    choice = completion["choices"][0] if completion.get("choices") else None
+    if not choice or not choice.get("message"):
         raise Unusable("no choice")
-    if choice.finish_reason == "length":
-        raise Unusable("cut at the token limit")
-    if choice.finish_reason == "content_filter":
-        raise Unusable("content filter")
-    if getattr(choice.message, "refusal", None):
+    if choice.get("finish_reason") == "length":
+        raise Unusable(CUT)
+    if choice.get("finish_reason") == "content_filter":
+        raise Unusable(FILTERED)
+    if choice["message"].get("refusal"):
         raise Unusable("refusal")
-    text = (choice.message.content or "").strip()
+    text = (choice["message"].get("content") or "").strip()
     if not text:
         raise Unusable("empty")
     if fenced := re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text, flags=re.S):
         text = fenced[1]
     try:
+        json.loads(text, object_pairs_hook=one_of_each)
         return json.dumps(answer.model_validate_json(text).model_dump(), ensure_ascii=False)
-    except ValidationError as e:
+    except (ValueError, RecursionError) as e:  # pydantic's ValidationError is a ValueError
         raise Unusable("not the JSON asked for") from e
 
 

@@ -248,6 +248,42 @@ class RewardModel:
         return scores
 
 
+class Embedding:
+    """A sentence-embedding model: texts to unit vectors, the mean of the last hidden states over the tokens."""
+
+    def __init__(self, name: str):
+        from transformers import AutoModel
+
+        quiet()
+        self.model, self.tokenizer = load_base(AutoModel, name, 16).eval(), load_tokenizer(name)
+
+    def __call__(self, texts: list[str], batch_size: int = 256):
+        """Unit vectors, (texts, hidden size), as float32."""
+        import numpy as np
+        import torch
+
+        found = []
+        for start in range(0, len(texts), batch_size):
+            batch = self.tokenizer(texts[start : start + batch_size], return_tensors="pt", padding=True)
+            with torch.inference_mode():
+                hidden = self.model(**batch.to(self.model.device)).last_hidden_state.float()
+            mask = batch["attention_mask"].unsqueeze(-1)
+            vectors = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+            found.append(vectors.cpu().numpy())
+        return np.concatenate(found)
+
+    def kept(self, texts: list[str], path: Path):
+        """The vectors of these texts from a file, which is made first if it is not there."""
+        import numpy as np
+
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            scratch = path.with_suffix(".tmp.npy")
+            np.save(scratch, self(texts))
+            scratch.replace(path)
+        return np.load(path, allow_pickle=False)
+
+
 class NgramClassifier:
     """A null baseline: logistic regression on character 1-2-grams. What it gets right needs no understanding."""
 

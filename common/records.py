@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, NoReturn, TypeVar
 
@@ -92,6 +92,7 @@ class Judgement(Candidate):
     negative: list[str] = []
     judge: dict | None = None  # {reason, verdict}
     reflect: dict | None = None  # {reason, verdict}
+    votes: list[Literal[0, 1]] = []  # the verdicts that decided the label: one, or --votes
     label: Literal[0, 1] | None = None
     error: str | None = None
     model: str = ""
@@ -141,11 +142,16 @@ def read(path: Path | str, kind: type[R], made_by: str = "", unique: bool = True
     `made_by` is the command that makes the file; it is named where the file is missing or empty. `unique` refuses two
     records with one id.
     """
+    return list(stream(path, kind, made_by, unique))
+
+
+def stream(path: Path | str, kind: type[R], made_by: str = "", unique: bool = True) -> Iterator[R]:
+    """What `read` returns, one record after the other: for files larger than memory should hold."""
     path = Path(path)
     remedy = f"; make it with: {made_by}" if made_by else ""
     if not path.is_file():
         fail(f"{path} does not exist{remedy}")
-    records, first_line = [], {}
+    first_line: dict[str, int] = {}
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -164,10 +170,9 @@ def read(path: Path | str, kind: type[R], made_by: str = "", unique: bool = True
             if unique and record.id in first_line:
                 fail(f"{path}:{number}: same id as line {first_line[record.id]} ({record.id}); delete one of the two")
             first_line[record.id] = number
-            records.append(record)
-    if not records:
+            yield record
+    if not first_line:
         fail(f"{path} is empty{remedy}")
-    return records
 
 
 class Appender:

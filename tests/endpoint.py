@@ -3,18 +3,21 @@
 with endpoint(status(429, retry_after=7), chat('{"points": []}')) as server:
     ...  # ask server.url; the replies come in order, the last one for ever
     assert len(server.asked) == 2
+
+A reply may also be a function of the request's body: `critic` answers as the rule-based critic does.
 """
 
 import json
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
+from common import offline
 from common.llm import PROMPTS
 
 TOKENS = (11, 7)  # (prompt, completion) tokens of every chat answer
@@ -22,12 +25,16 @@ TOKENS = (11, 7)  # (prompt, completion) tokens of every chat answer
 
 @dataclass
 class Reply:
-    """What is sent back; with `drop` the endpoint hangs up without a word."""
+    """What is sent back; with `drop` the endpoint hangs up after so many bytes of the body, or without a word (0).
+
+    `drip` is the pause before each byte, in seconds.
+    """
 
     status: int = 200
     body: bytes = b""
     headers: dict[str, str] = field(default_factory=lambda: {"content-type": "application/json"})
-    drop: bool = False
+    drop: int | None = None
+    drip: float = 0.0
 
 
 @dataclass
@@ -35,10 +42,11 @@ class Served:
     """The replies to come, and what was asked so far."""
 
     url: str
-    replies: list[Reply]
+    replies: list[Reply | Callable[[dict], Reply]]
     models: Reply  # the answer to GET /models
     dwell: float = 0.0  # seconds before a chat answer is sent
     asked: list[dict] = field(default_factory=list)  # bodies of the chat requests
+    times: list[float] = field(default_factory=list)  # time.monotonic() of the chat requests
     keys: list[str] = field(default_factory=list)  # Authorization header of every request
     billed: tuple[int, int] = (0, 0)  # tokens of the chat answers sent
     under_way: int = 0
@@ -68,14 +76,21 @@ def status(code: int, message: str = "told to fail", **headers: object) -> Reply
     return Reply(code, reply.body, reply.headers | named)
 
 
+def critic(request: dict) -> Reply:
+    """What the rule-based critic answers to a request."""
+    role = request["response_format"]["json_schema"]["name"]
+    return chat(json.dumps(offline.answer(role, request["messages"]), ensure_ascii=False))
+
+
 def settings(url: str, **changed: object) -> SimpleNamespace:
     """What the client needs of a command line, for this endpoint."""
     usual = {"base_url": url, "model": "m", "api_key_env": "TEST_KEY", "concurrency": 8, "timeout": 30, "attempts": 5}
-    return SimpleNamespace(**usual | {"prompts": PROMPTS, "seed": 0, "offline": False} | changed)
+    usual |= {"prompts": PROMPTS, "seed": 0, "offline": False, "price_in": 0.0, "price_out": 0.0, "budget": None}
+    return SimpleNamespace(**usual | changed)
 
 
 @contextmanager
-def endpoint(*replies: Reply) -> Iterator[Served]:
+def endpoint(*replies: Reply | Callable[[dict], Reply]) -> Iterator[Served]:
     """Serve these replies until the block ends."""
     lock = threading.Lock()
 
@@ -93,8 +108,10 @@ def endpoint(*replies: Reply) -> Iterator[Served]:
                 raise ConnectionResetError
             with lock:
                 served.keys.append(self.headers.get("authorization", ""))
+                served.times.append(time.monotonic())
                 served.asked.append(json.loads(body))
                 reply = served.replies.pop(0) if len(served.replies) > 1 else served.replies[0]
+                reply = reply if isinstance(reply, Reply) else reply(served.asked[-1])
                 if b'"usage"' in reply.body:
                     served.billed = (served.billed[0] + TOKENS[0], served.billed[1] + TOKENS[1])
                 served.under_way += 1
@@ -105,7 +122,7 @@ def endpoint(*replies: Reply) -> Iterator[Served]:
             self.send(reply)
 
         def send(self, reply: Reply) -> None:
-            if reply.drop:
+            if reply.drop == 0:
                 self.close_connection = True
                 return
             self.send_response(reply.status)
@@ -113,7 +130,13 @@ def endpoint(*replies: Reply) -> Iterator[Served]:
                 self.send_header(name, value)
             self.send_header("content-length", str(len(reply.body)))
             self.end_headers()
-            self.wfile.write(reply.body)
+            if reply.drip:
+                for byte in reply.body:
+                    time.sleep(reply.drip)
+                    self.wfile.write(bytes([byte]))
+            else:
+                self.wfile.write(reply.body[: reply.drop])
+            self.close_connection = reply.drop is not None
 
         def log_message(self, *args: object) -> None:
             pass  # stderr belongs to what is tested

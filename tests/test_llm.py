@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from email.utils import formatdate
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,8 @@ GOOD = chat('{"reason": "好 <ok>", "verdict": 1}')
 NO_JSON = "not the JSON asked for"
 NO_VERDICT = [
     "判 1", '{"verdict": 1}', '{"reason": "好", "verdict": ', '{"reason": "好", "verdict": 2}', "[]", "1",
+    '{"reason": "好", "verdict": 0, "verdict": 1}', '{"reason": "好", "verdict": 0}{"reason": "好", "verdict": 1}',
+    '{"reason": ' + "[" * 20000 + "]" * 20000 + ', "verdict": 1}', '{"reason": "好", "verdict": true}',
     '{"reason": "好", "verdict": "1"}', '{"reason": "好", "verdict": null}', '{"reason": "好", "verdict": 1, "x": 1}',
 ]  # fmt: skip
 
@@ -83,17 +87,31 @@ def test_what_is_judged_stays_inside_data(role: str, text: str) -> None:
     assert data_of([system, user]) == ROLES[role][0] | hostile and system == llm.render(role, **SLOTS[role])[0]
 
 
+class Clock:
+    """Stands in for the client's clock: it goes on by each pause that is asked for, and no pause is made."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def time(self) -> float:
+        return 1_800_000_000 + self.now
+
+
 @pytest.fixture(autouse=True)
-def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The pauses that were asked for, none of which is made."""
-    asked, sleep = [], asyncio.sleep
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found, sleep = Clock(), asyncio.sleep
 
     async def nap(seconds: float, *args: object) -> None:
-        asked.extend([seconds] if seconds else [])
+        until = found.now + seconds  # several that sleep at once sleep the same time
         await sleep(0)
+        found.now = max(found.now, until)
 
+    monkeypatch.setattr(llm, "time", found)
     monkeypatch.setattr(asyncio, "sleep", nap)
-    return asked
+    return found
 
 
 @pytest.fixture
@@ -147,20 +165,63 @@ def test_a_changed_question_is_asked_anew(server: Served, tmp_path: Path, name: 
     assert len(server.asked) == 2
 
 
-@pytest.mark.parametrize(("told", "wait"), [("7", (7, 7)), ("9999", (60, 60)), ("soon", (0.4, 1)), ("-1", (0.4, 1))])
-def test_a_429_is_waited_out(server: Served, tmp_path: Path, naps: list[float], told: str, wait: tuple) -> None:
+@pytest.mark.parametrize(
+    ("told", "wait"),
+    [
+        ("7", (7, 8)), ("9999", (60, 61)), ("1e400", (60, 61)), ("nan", (0.4, 2)), ("soon", (0.4, 2)),
+        ("-1", (0.4, 2)), ("", (0.4, 2)), (formatdate(1_800_001_009, usegmt=True), (8, 10)),
+        (formatdate(4e9, usegmt=True), (60, 61)), (formatdate(0, usegmt=True), (0.4, 2)),
+    ],
+)  # fmt: skip
+def test_a_429_is_waited_out(server: Served, tmp_path: Path, clock: Clock, told: str, wait: tuple) -> None:
     server.replies[:] = [status(429, retry_after=told), GOOD]
     assert ask(server.url, tmp_path)[0].verdict == 1
-    assert len(server.asked) == 2 and len(naps) == 1 and wait[0] <= naps[0] <= wait[1]
+    assert len(server.asked) == 2 and wait[0] <= clock.now - 1000 <= wait[1]
+
+
+def test_a_429_holds_everybody_and_halves_what_is_under_way(
+    server: Served, tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.replies[:] = [GOOD, status(429, retry_after=3), status(429, retry_after=20), GOOD]
+    told: list[float] = []
+    serve = server.replies[-1]
+    server.replies[-1] = lambda request: told.append(clock.now) or serve
+    assert len(ask(server.url, tmp_path, *SAMPLES, concurrency=2)) == 12
+    assert min(told) >= 1020 and server.most_at_once <= 2
+    assert "rate limit: waiting" in capsys.readouterr().err
+
+
+def test_a_throttle_recovers_and_forgets_nobody(clock: Clock) -> None:
+    throttle, most = llm.Throttle(8), []
+
+    async def one() -> None:
+        async with throttle:
+            most.append(throttle.under_way)
+            await asyncio.sleep(1)
+            throttle.answered()
+
+    async def many(count: int) -> int:
+        most.clear()
+        await asyncio.gather(*(one() for _ in range(count)))
+        return max(most)
+
+    assert asyncio.run(many(40)) == 8
+    throttle.limited(sent=clock.now, wait=5)
+    throttle.limited(sent=clock.now, wait=5)  # left before the pause: tells nothing new
+    assert throttle.limit == 4
+    assert asyncio.run(many(4)) == 4 and clock.now >= 1005
+    asyncio.run(many(400))
+    assert throttle.limit == 8 and throttle.under_way == 0
 
 
 @pytest.mark.parametrize(
     ("reply", "reason", "requests"),
     [
-        (status(500), "HTTP 500", 5), (status(429), "rate limit", 5), (Reply(drop=True), "connection", 5),
+        (status(500), "HTTP 500", 5), (status(429), "rate limit", 5), (Reply(drop=0), "connection", 5),
+        (replace(GOOD, drop=9), "connection", 5),
         (status(400), "HTTP 400", 1), (raw({"error": {"message": "busy"}}), "no choice", 3),
         (chat(""), "empty", 3), (chat(None), "empty", 3), (chat(None, refusal="不行"), "refusal", 3),
-        (chat('{"reason": "好", "verdict": 1}', "length"), "cut at the token limit", 1),
+        (chat('{"reason": "好", "verdict": 1}', "length"), "cut at the token limit", 2),
         (chat('{"reason": "好", "verdict": 1}', "content_filter"), "content filter", 1),
         *((chat(text), NO_JSON, 3) for text in NO_VERDICT),
     ],
@@ -188,8 +249,40 @@ def test_a_fenced_answer_is_taken_and_a_malformed_one_asked_again(server: Served
     assert len({request["seed"] for request in server.asked}) == 2
 
 
-def test_a_slow_answer_is_a_timeout(server: Served, tmp_path: Path) -> None:
-    server.dwell = 3.0
+def test_a_cut_answer_is_asked_for_with_more_room(server: Served, tmp_path: Path) -> None:
+    server.replies[:] = [chat('{"reason": "好', "length"), GOOD]
+    assert ask(server.url, tmp_path)[0].verdict == 1
+    first, second = (request["max_tokens"] for request in server.asked)
+    assert second == 2 * first
+
+
+def test_a_question_that_failed_is_not_asked_again_by_its_twin(server: Served, tmp_path: Path) -> None:
+    server.replies[:] = [status(400)]
+
+    async def twice() -> list:
+        async with llm.Client(settings(server.url), tmp_path) as client:
+            asking = (client.ask("detector", llm.Verdict, **SLOTS["detector"]) for _ in range(2))
+            return await asyncio.gather(*asking, return_exceptions=True)
+
+    assert [str(e) for e in asyncio.run(twice())] == ["HTTP 400"] * 2 and len(server.asked) == 1
+
+
+def test_a_budget_stops_the_run_and_keeps_what_was_bought(
+    server: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    price = {"price_in": 1e6, "price_out": 0.0}  # 11 a call
+    for budget, calls in (({"budget": 3 * 18}, 3), (price | {"budget": 5 * 11}, 5)):
+        with pytest.raises(SystemExit) as end:
+            ask(server.url, tmp_path, *SAMPLES, concurrency=1, **budget)
+        line = capsys.readouterr().err
+        assert end.value.code == 2 and line.count("\n") == 1 and "--budget" in line and len(server.asked) == calls
+    assert len(ask(server.url, tmp_path, *SAMPLES, budget=1e9)) == len(server.asked) == 12
+
+
+@pytest.mark.parametrize("drip", [0.0, 0.02])
+def test_a_slow_answer_is_a_timeout(server: Served, tmp_path: Path, drip: float) -> None:
+    server.dwell = 0.0 if drip else 3.0
+    server.replies[:] = [replace(GOOD, drip=drip)]  # whole after five seconds
     with pytest.raises(llm.Unusable, match="timeout"):
         ask(server.url, tmp_path, timeout=1.0, attempts=1)
 
