@@ -45,6 +45,7 @@ from common.records import (
     positive,
     rate,
     read,
+    replace_file,
     stream,
     write,
     write_summary,
@@ -111,6 +112,7 @@ def sample_candidates(args: argparse.Namespace, queries: list[Query]) -> bool:
     )  # fmt: skip
     if stage.done:
         return True
+    llm.Client.probe(args, args.run)  # greetings that nobody can judge are not worth the sampling
     with Appender(args.run / "candidates.jsonl") as append:
         for file in args.candidates:
             for given in stream(file, Candidate, unique=False):
@@ -197,31 +199,36 @@ class Retrieval:
 
     WIDER = 5  # nearest references looked at for each that is shown
 
-    def __init__(self, args: argparse.Namespace, references: list[Reference]):
-        self.references, self.k, self.nearest = references, args.examples, {}
-        asked = [r.query for r in references]
-        if args.embedding_model:
-            self.embed = models.Embedding(args.embedding_model)
-            kept = INDEX / f"{digest(args.embedding_model, asked)}.npy"
-            self.index = self.embed.kept(asked, kept).T
-        else:  # made anew in a tenth of a second: nothing to keep
+    def __init__(self, args: argparse.Namespace, references: list[Reference], queries: list[str]):
+        """Find the nearest references of every query; those found in earlier runs are kept in outputs/index/."""
+        self.references, self.k = references, args.examples
+        self.wider = min(len(references), self.WIDER * self.k + 20)
+        known = digest(args.embedding_model, self.wider, [(r.id, r.query) for r in references])
+        path = INDEX / f"{known}.json"
+        self.nearest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if new := [query for query in queries if query not in self.nearest]:
+            self.look_up(args.embedding_model, new, INDEX / f"{known}.npy")
+            replace_file(path, json.dumps(self.nearest, ensure_ascii=False))
+
+    def look_up(self, embedding_model: str | None, queries: list[str], vectors: Path, batch: int = 512) -> None:
+        """Add the nearest references of many queries, a batch at once: a hundred times quicker than one by one."""
+        import numpy as np
+
+        asked = [r.query for r in self.references]
+        if embedding_model:
+            embed = models.Embedding(embedding_model)
+            index = embed.kept(asked, vectors).T
+        else:
             from sklearn.feature_extraction.text import TfidfVectorizer
 
             vectorizer = TfidfVectorizer(analyzer="char", ngram_range=(1, 2), sublinear_tf=True)
-            self.index = vectorizer.fit_transform(asked).T
-            self.embed = vectorizer.transform
-
-    def look_up(self, queries: list[str], batch: int = 512) -> None:
-        """Find the nearest references of many queries at once, which is a hundred times quicker than one by one."""
-        import numpy as np
-
-        wider = min(len(self.references), self.WIDER * self.k + 20)
+            index, embed = vectorizer.fit_transform(asked).T, vectorizer.transform
         for start in range(0, len(queries), batch):
             part = queries[start : start + batch]
-            likeness = self.embed(part) @ self.index
+            likeness = embed(part) @ index
             likeness = likeness if isinstance(likeness, np.ndarray) else likeness.toarray()
             for query, row in zip(part, likeness, strict=True):
-                top = np.argpartition(-row, wider - 1)[:wider]
+                top = np.argpartition(-row, self.wider - 1)[: self.wider]
                 self.nearest[query] = top[np.lexsort((top, -row[top]))].tolist()
 
     def __call__(self, query: str, response: str) -> list[Reference]:
@@ -268,10 +275,10 @@ async def judge_one(
     return record
 
 
-def judge_candidates(args: argparse.Namespace, references: list[Reference], screened: dict[str, str]) -> bool:
+def judge_candidates(args: argparse.Namespace, references: list[Reference], screened: dict[str, str]) -> float | None:
     """Write judgements.jsonl, one line a candidate as its verdict comes; goes on where it was.
 
-    Returns whether all of it was there already.
+    Returns the seconds that the agents took; None where all of it was there already.
     """
     from tqdm import tqdm
 
@@ -287,7 +294,7 @@ def judge_candidates(args: argparse.Namespace, references: list[Reference], scre
         args.redo,
     )  # fmt: skip
     if stage.done:
-        return True
+        return None
     path, failed = args.run / "judgements.jsonl", 0
     with Appender(path):  # mends what a kill left
         pass
@@ -301,9 +308,8 @@ def judge_candidates(args: argparse.Namespace, references: list[Reference], scre
                     yield candidate
 
         asked = Counter(candidate.query for candidate in todo())
-        retrieve = None if args.no_retrieval else Retrieval(args, references)
-        if retrieve:
-            retrieve.look_up(list(asked))
+        retrieve = None if args.no_retrieval else Retrieval(args, references, list(asked))
+        judging = time.time()
 
         async def judge_all() -> None:
             queue, bar = todo(), tqdm(total=asked.total(), desc="judgements", unit="greeting")
@@ -318,13 +324,13 @@ def judge_candidates(args: argparse.Namespace, references: list[Reference], scre
                     bar.update()
 
             async with llm.Client(args, args.run) as client:
-                await asyncio.gather(*(worker() for _ in range(args.concurrency)))
+                await asyncio.gather(*(worker() for _ in range(4 * args.concurrency)))
             bar.close()
 
         asyncio.run(judge_all())
     if not failed:
         stage.finish()
-    return False
+    return time.time() - judging
 
 
 # ---- rejection sampling: pairs and demonstrations -------------------------------------------------------------------
@@ -430,17 +436,16 @@ def main(args: argparse.Namespace) -> int:
     queries = read(args.queries, Query) if args.samples else []
     references = read(args.references, Reference)
     open_run(args.run)
-    llm.Client.probe(args, args.run)
     done, sampled = sample_candidates(args, queries), time.time()
     screened = screen(args, references)
-    done, judging = judge_candidates(args, references, screened) and done, time.time()
+    judging = judge_candidates(args, references, screened)
     stage = Stage(
         args.run, "01_pairs", ["preferences.jsonl", "sft.jsonl", "fates.jsonl", "01_summary.json"],
         {"judgements": file_hash(args.run / "judgements.jsonl"), "uses": args.uses,
          "prompts": llm.prompt_hashes(["policy"], args.prompts)},
         redo=True,  # nothing is lost: what these are made from is kept
     )  # fmt: skip
-    if done and stage.done:
+    if done and judging is None and stage.done:
         print(f"01: done already, see {args.run / '01_summary.json'}")
         return 0
 
@@ -477,15 +482,16 @@ def main(args: argparse.Namespace) -> int:
         "within_20_percent": rate(sum(length_gap(pair) <= 0.2 for pair in pairs), len(pairs)),
         "failures": failures, "fates": Counter(fates.values()), "ledger": ledger,
         "money": round(llm.money(args, ledger["input_tokens"], ledger["output_tokens"]), 4),
-        "seconds_by_phase": {"sample": round(sampled - started, 2), "judge": round(judging - sampled, 2)},
+        "seconds_by_phase": {"sample": round(sampled - started, 2), "judge": round(judging or 0.0, 2)},
     }  # fmt: skip
     if given:
         figures["agreement_with_given_labels"] = agreement(*zip(*given, strict=True))
     write_summary(args.run, "01_summary", started, vars(args), figures)
     stage.finish()
-    accepted, longer = (figures[key]["value"] or 0 for key in ("accepted", "longer_wins"))
-    print(f"01: {figures['judged']} greetings judged, {accepted:.0%} accepted; {len(pairs)} pairs, "
-          f"longer wins {longer:.0%}; {len(rows)} SFT rows in {args.run}")  # fmt: skip
+    accepted = figures["accepted"]["value"] or 0
+    longer = f"the longer text wins {figures['longer_wins']['value']:.0%}" if unequal else "all of equal length"
+    print(f"01: {figures['judged']} greetings judged, {accepted:.0%} accepted; {len(pairs)} pairs, {longer}; "
+          f"{len(rows)} SFT rows in {args.run}")  # fmt: skip
     if failures:
         print(f"01: {failures.total()} judgements failed, {dict(failures)}; run again to ask them again")
         return 3

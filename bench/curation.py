@@ -139,8 +139,8 @@ def curate(run: Path, candidates: Path, url: str) -> tuple[dict, float, float]:
     return json.loads((run / "01_summary.json").read_text()), seconds, usage.ru_maxrss / 1024
 
 
-def stage_by_stage(run: Path, candidates: Path, url: str) -> float:
-    """Seconds for the same calls with a barrier after each agent, as the authors' scripts make them."""
+def stage_by_stage(run: Path, candidates: Path, url: str, barrier: str) -> float:
+    """Seconds for the same calls, agent by agent: with a barrier after each agent, or after each batch of calls."""
     from common import llm
 
     args = SimpleNamespace(
@@ -152,44 +152,76 @@ def stage_by_stage(run: Path, candidates: Path, url: str) -> float:
     async def stages() -> float:
         async with llm.Client(args, run) as client:
             started = time.monotonic()
-            heard = {}
-            for role in ("positive", "negative"):
-                heard[role] = await asyncio.gather(*(client.ask(role, llm.Points, **row) for row in rows))
+            size = CONCURRENCY if barrier == "batch" else len(rows)
+
+            async def ask_all(role: str, answer: type, questions: list[dict]) -> list:
+                heard = []
+                for at in range(0, len(questions), size):
+                    asking = (client.ask(role, answer, **question) for question in questions[at : at + size])
+                    heard += await asyncio.gather(*asking)
+                return heard
+
+            positive = await ask_all("positive", llm.Points, rows)
+            negative = await ask_all("negative", llm.Points, rows)
             debates = [
                 row | {"positive": p.points, "negative": n.points}
-                for row, p, n in zip(rows, heard["positive"], heard["negative"], strict=True)
+                for row, p, n in zip(rows, positive, negative, strict=True)
             ]
-            verdicts = await asyncio.gather(*(client.ask("judge", llm.Verdict, **row) for row in debates))
-            await asyncio.gather(
-                *(
-                    client.ask("reflect", llm.Verdict, **row, judge=verdict.model_dump())
-                    for row, verdict in zip(debates, verdicts, strict=True)
-                )
-            )
+            verdicts = await ask_all("judge", llm.Verdict, debates)
+            audits = [d | {"judge": v.model_dump()} for d, v in zip(debates, verdicts, strict=True)]
+            await ask_all("reflect", llm.Verdict, audits)
             return time.monotonic() - started
 
     return asyncio.run(stages())
 
 
+def bare_client(url: str, calls: int) -> float:
+    """Seconds for as many calls by openai's client alone: no prompts, no cache, no ledger, no order among them."""
+    import httpx2
+    import openai
+
+    body = {"model": "m", "messages": [{"role": "user", "content": "春" * 700}], "name": "judge"}
+
+    async def all_at_once() -> float:
+        slots = asyncio.Semaphore(CONCURRENCY)
+        client = openai.AsyncOpenAI(base_url=url, api_key="x", max_retries=0, http_client=openai.DefaultAioHttpClient())
+
+        async def one() -> None:
+            async with slots:
+                await client.post("/chat/completions", body=body, cast_to=httpx2.Response)
+
+        await one()
+        started = time.monotonic()
+        await asyncio.gather(*(one() for _ in range(calls)))
+        seconds = time.monotonic() - started
+        await client.close()
+        return seconds
+
+    return asyncio.run(all_at_once())
+
+
 def speed(scratch: Path, repeats: int) -> str:
-    candidates, ratios = write_candidates(scratch / "400.jsonl", 400), []
+    candidates, ratios, floors = write_candidates(scratch / "400.jsonl", 400), [], []
     with Endpoint() as endpoint:
         for n in range(repeats):
             summary, _, _ = curate(scratch / f"speed{n}", candidates, endpoint.url)
-            ideal = summary["ledger"]["calls"] * LATENCY / CONCURRENCY
-            ratios.append(summary["seconds_by_phase"]["judge"] / ideal)
-    return row("wall time over calls × latency / concurrency", ratios, 1.15)
+            calls = summary["ledger"]["calls"]
+            ratios.append(summary["seconds_by_phase"]["judge"] / (calls * LATENCY / CONCURRENCY))
+            floors.append(bare_client(endpoint.url, calls) / (calls * LATENCY / CONCURRENCY))
+    title = "wall time over calls × latency / concurrency"
+    return row(title, ratios, "1.15") + "\n" + row(f"{title}: openai's client alone", floors, "")
 
 
 def stragglers(scratch: Path, repeats: int) -> str:
-    candidates, ratios = scratch / "400.jsonl", []
-    write_candidates(candidates, 400)
+    candidates, ratios = write_candidates(scratch / "400.jsonl", 400), {"agent": [], "batch": []}
     with Endpoint(slow=0.1) as endpoint:
         for n in range(repeats):
             summary, _, _ = curate(scratch / f"slow{n}", candidates, endpoint.url)
-            barrier = stage_by_stage(scratch / f"barrier{n}", candidates, endpoint.url)
-            ratios.append(summary["seconds_by_phase"]["judge"] / barrier)
-    return row("10% of answers 10 times slower: time over that with a barrier after each agent", ratios, 0.6)
+            for barrier, found in ratios.items():
+                rival = stage_by_stage(scratch / f"{barrier}{n}", candidates, endpoint.url, barrier)
+                found.append(summary["seconds_by_phase"]["judge"] / rival)
+    title = "10% of answers 10 times slower: time over that with a barrier after each"
+    return "\n".join(row(f"{title} {barrier}", found, "0.6") for barrier, found in ratios.items())
 
 
 def throttled(scratch: Path, repeats: int) -> str:
@@ -199,7 +231,7 @@ def throttled(scratch: Path, repeats: int) -> str:
             curate(scratch / f"throttled{n}", candidates, endpoint.url)
             counts = endpoint.counts()
             ratios.append(counts["requests"] / counts["answered"])
-    return row("50 requests/s allowed, Retry-After 2: requests a success", ratios, 1.2)
+    return row("50 requests/s allowed, Retry-After 2: requests a success", ratios, "1.2")
 
 
 def memory(scratch: Path, repeats: int) -> str:
@@ -209,7 +241,7 @@ def memory(scratch: Path, repeats: int) -> str:
             candidates = write_candidates(scratch / f"{count}.jsonl", count)
             peaks.append(curate(scratch / f"memory{count}", candidates, endpoint.url)[2])
     title = f"peak memory at 20,000 candidates ({peaks[1]:.0f} MB) over that at 1,000 ({peaks[0]:.0f} MB)"
-    return row(title, [peaks[1] / peaks[0]], 1.3)
+    return row(title, [peaks[1] / peaks[0]], "1.3")
 
 
 def cached(scratch: Path, repeats: int) -> str:
@@ -222,10 +254,10 @@ def cached(scratch: Path, repeats: int) -> str:
                 (run / name).unlink()
             times.append(curate(run, candidates, endpoint.url)[1])
         sent = endpoint.counts()["requests"] - asked
-    return row(f"seconds for 3,000 rows whose answers are all cached ({sent} requests sent)", times, 3)
+    return row(f"seconds for 3,000 rows whose answers are all cached ({sent} requests sent)", times, "3")
 
 
-def row(title: str, values: list[float], target: float) -> str:
+def row(title: str, values: list[float], target: str) -> str:
     each = " ".join(f"{value:.2f}" for value in values)
     return f"| {title} | {statistics.median(values):.2f} | {target} | {each} |"
 

@@ -100,8 +100,8 @@ class Refused(Exception):
 
 
 @lru_cache
-def _templates(path: Path) -> tuple[list[jinja2.Template], set[str]]:
-    """(the templates above and below the `---` of a prompt file, the names of its slots)."""
+def _templates(path: Path) -> tuple[list[jinja2.Template | str], set[str]]:
+    """(the parts above and below the `---` of a prompt file, as text where it has no slots; the names of all slots)."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     # `tojson` writes < and > as \u003c and \u003e: what is judged cannot close the <data> it stands in.
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
@@ -109,26 +109,28 @@ def _templates(path: Path) -> tuple[list[jinja2.Template], set[str]]:
         fail(f"{path} does not exist; restore it with: git checkout {path}")
     try:
         text = path.read_text(encoding="utf-8")
-        parts = re.split(r"^---\n", text, flags=re.M)
-        slots = jinja2.meta.find_undeclared_variables(environment.parse(text))
-        templates = [environment.from_string(part.strip()) for part in parts]
+        environment.parse(text)  # so that a line it complains of is the file's
+        parts = [part.strip() for part in re.split(r"^---\n", text, flags=re.M)]
+        slots = [jinja2.meta.find_undeclared_variables(environment.parse(part)) for part in parts]
+        templates = [environment.from_string(part) for part in parts]
     except jinja2.TemplateSyntaxError as e:
         fail(f"{path}:{e.lineno}: {e.message}")
     except UnicodeDecodeError:
         fail(f"{path}: not UTF-8; save the file as UTF-8")
     if len(parts) > 2:
         fail(f"{path}: more than one line '---'; one parts the system message from the user's")
-    return templates, slots
+    fixed = [t if names else t.render() for t, names in zip(templates, slots, strict=True)]
+    return fixed, set().union(*slots)
 
 
 def render(role: str, folder: Path = PROMPTS, **slots) -> Messages:
     """The messages of a role: what stands above `---` in its file is the system message, the rest the user's."""
     path = folder / f"{role}.md"
-    templates, wanted = _templates(path)
+    parts, wanted = _templates(path)
     if missing := sorted(wanted - slots.keys()):
         fail(f"{path}: no slot {', '.join(missing)} here; the slots are {', '.join(sorted(slots))}")
     try:
-        texts = [template.render(**slots) for template in templates]
+        texts = [part if isinstance(part, str) else part.render(slots) for part in parts]
     except (jinja2.UndefinedError, TypeError) as e:
         fail(f"{path}: {e}; the slots are {', '.join(sorted(slots))}")
     roles = ["user"] if len(texts) == 1 else ["system", "user"]
@@ -302,24 +304,21 @@ class Throttle:
         self.waiting: deque[asyncio.Future] = deque()
 
     async def __aenter__(self) -> None:
-        while True:
-            if (pause := self.not_before - time.monotonic()) > 0:
-                await asyncio.sleep(pause)
-            elif self.under_way < int(self.limit):
-                break
-            else:
-                self.waiting.append(asyncio.get_running_loop().create_future())
-                await self.waiting[-1]
-        self.under_way += 1
+        if self.waiting or self.under_way >= int(self.limit):
+            self.waiting.append(asyncio.get_running_loop().create_future())
+            await self.waiting[-1]  # whoever leaves counts the place as taken
+        else:
+            self.under_way += 1
+        while (pause := self.not_before - time.monotonic()) > 0:
+            await asyncio.sleep(pause)
 
     async def __aexit__(self, *exc) -> None:
         self.under_way -= 1
-        free = int(self.limit) - self.under_way
-        while self.waiting and free > 0:
+        while self.waiting and self.under_way < int(self.limit):
             future = self.waiting.popleft()
             if not future.done():
+                self.under_way += 1
                 future.set_result(None)
-                free -= 1
 
     def answered(self) -> None:
         """Let a little more through."""
@@ -345,44 +344,51 @@ class Client:
     """Asks roles. One a script; close it with `await client.close()` or use it as `async with`."""
 
     def __init__(self, args, run: Path):
-        import openai
-
         self.args, self.prompts, self.seed = args, args.prompts, args.seed
+        self.model, self.endpoint = endpoint_name(args)
         self.store = Store(run / "answers.sqlite")
         self.store.settle()
         self.throttle = Throttle(args.concurrency)
         self.asking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self.failed: dict[str, str] = {}  # questions that brought no usable answer in this process, and why
         self.told: set[str] = set()
-        transport = None
-        self.model, self.endpoint = endpoint_name(args)
-        if args.offline:
-            from common import offline
-
-            transport = offline.transport()
         self.key = os.environ.get(args.api_key_env, "")
-        self.openai = openai.AsyncOpenAI(
-            base_url="http://offline.invalid/v1" if args.offline else args.base_url,
-            api_key=self.key or "none",
-            max_retries=0,  # retried here, where they are counted
-            timeout=args.timeout,
-            http_client=openai.DefaultAsyncHttpxClient(transport=transport) if transport else None,
-        )
+        self.openai, self.connecting = None, asyncio.Lock()  # made when the first question is not in the store
 
-    async def __aenter__(self):
-        """Ask the endpoint who it is, so that a wrong address or key shows before the work."""
-        import openai
+    async def connect(self) -> None:
+        """Ask the endpoint who it is, so that a wrong address or key shows before the work; does nothing twice."""
+        async with self.connecting:
+            if self.openai:
+                return
+            import openai
 
-        if self.endpoint != "offline":
+            if self.endpoint == "offline":
+                from common import offline
+
+                address, http = (
+                    "http://offline.invalid/v1",
+                    openai.DefaultAsyncHttpxClient(transport=offline.transport()),
+                )
+            else:  # aiohttp below openai's client halves what a request costs
+                address, http = self.endpoint, openai.DefaultAioHttpClient()
+            # Retried here, where retries are counted.
+            self.openai = openai.AsyncOpenAI(
+                base_url=address, api_key=self.key or "none", max_retries=0, timeout=self.args.timeout, http_client=http
+            )
+            if self.endpoint == "offline":
+                return
             try:
                 async with asyncio.timeout(self.args.timeout):
                     await self.openai.models.list()
             except (openai.AuthenticationError, openai.PermissionDeniedError):
-                fail(f"{self.endpoint} refuses the key; set the variable that --api-key-env names")
+                raise Refused(f"{self.endpoint} refuses the key; set the variable that --api-key-env names") from None
             except (openai.APIConnectionError, TimeoutError):
-                fail(f"nothing answers at {self.endpoint}; start a server, name one with --base-url, or use --offline")
+                remedy = "start a server, name one with --base-url, or use --offline"
+                raise Refused(f"nothing answers at {self.endpoint}; {remedy}") from None
             except (openai.APIError, AttributeError, TypeError, ValueError):
                 pass  # not every server lists its models
+
+    async def __aenter__(self):
         return self
 
     async def __aexit__(self, kind, error, traceback):
@@ -391,15 +397,16 @@ class Client:
             fail(str(error))
 
     async def close(self) -> None:
-        await self.openai.close()
+        if self.openai:
+            await self.openai.close()
 
     @classmethod
     def probe(cls, args, run: Path) -> None:
         """End with one line if nobody answers at the endpoint: for a script to call before its long work."""
 
         async def enter_and_leave() -> None:
-            async with cls(args, run):
-                pass
+            async with cls(args, run) as client:
+                await client.connect()
 
         asyncio.run(enter_and_leave())
 
@@ -418,12 +425,15 @@ class Client:
             "response_format": response_format(role, answer),
         }
         key = digest(self.endpoint, self.seed, sample, request)
+        if found := self.store.get(key):
+            return parsed(answer, *found)
         # The same question at once: the second finds the answer of the first.
         async with self.asking.setdefault(key, asyncio.Lock()):
             found = self.store.get(key)
             if not found:
                 if key in self.failed:
                     raise Unusable(self.failed[key])
+                await self.connect()
                 try:
                     found = await self._insist(key, role, request, answer)
                 except Unusable as e:
@@ -513,6 +523,7 @@ NEVER_MIND = 1_000_000
 
 def diagnose(error: Exception) -> tuple[str, int]:
     """(reason, number of attempts that are worth while) for an attempt that failed; other errors are raised again."""
+    import httpx2
     import openai
 
     match error:
@@ -521,6 +532,8 @@ def diagnose(error: Exception) -> tuple[str, int]:
             return reason, {CUT: 2, FILTERED: 1}.get(reason, 3)
         case openai.RateLimitError():
             return "rate limit", NEVER_MIND
+        case openai.APITimeoutError() if isinstance(error.__cause__, httpx2.ConnectTimeout):
+            return "connection", NEVER_MIND  # what aiohttp's hung-up connection comes as
         case openai.APITimeoutError() | TimeoutError():
             return "timeout", NEVER_MIND
         case openai.APIConnectionError():
