@@ -31,6 +31,7 @@ from common.records import (
     digest,
     fail,
     file_hash,
+    launch,
     open_run,
     parse,
     rate,
@@ -287,4 +288,4 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse_args()))
+    sys.exit(launch(main, parse_args()))

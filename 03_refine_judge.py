@@ -35,6 +35,7 @@ from common.records import (
     agreement,
     digest,
     file_hash,
+    launch,
     open_run,
     parse,
     rate,
@@ -333,4 +334,4 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse_args()))
+    sys.exit(launch(main, parse_args()))

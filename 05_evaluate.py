@@ -37,6 +37,7 @@ from common.records import (
     digest,
     fail,
     file_hash,
+    launch,
     open_run,
     parse,
     read,
@@ -465,4 +466,4 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse_args()))
+    sys.exit(launch(main, parse_args()))

@@ -7,6 +7,7 @@ raises `Unusable` with the reason. Nothing else is ever taken for an answer.
 
 import argparse
 import asyncio
+import errno
 import json
 import os
 import random
@@ -241,7 +242,10 @@ class Store:
 
     def begin(self, role: str) -> int:
         """Note that a request is about to be sent."""
-        return self.db.execute("INSERT INTO sent (role) VALUES (?)", (role,)).lastrowid
+        try:
+            return self.db.execute("INSERT INTO sent (role) VALUES (?)", (role,)).lastrowid
+        except sqlite3.OperationalError as e:
+            raise OSError(errno.ENOSPC, f"{self.path}: {e}") from e
 
     def end(self, number: int, role: str, outcome: str, used: tuple[int, int], key: str = "", text: str = "") -> None:
         """Book the outcome of a request, and keep its answer if it brought one."""
@@ -253,7 +257,7 @@ class Store:
                 if key:
                     self.db.execute("INSERT OR REPLACE INTO answers VALUES (?,?,?,?)", (key, text, *used))
         except sqlite3.OperationalError as e:
-            fail(f"{self.path}: {e}; make room and run again: what was answered before is kept")
+            raise OSError(errno.ENOSPC, f"{self.path}: {e}") from e
         self.tokens = [have + more for have, more in zip(self.tokens, used, strict=True)]
 
     def _book(self, role: str, outcome: str, calls: int, input_tokens: int = 0, output_tokens: int = 0) -> None:

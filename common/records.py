@@ -6,6 +6,7 @@ temporary file and a rename. What a user can get wrong ends in one line on stder
 """
 
 import argparse
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -14,7 +15,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal, NoReturn, TypeVar
 
@@ -258,6 +259,19 @@ def parse(parser, offline: dict):
     if parser.parse_known_args()[0].offline:
         parser.set_defaults(**offline)
     return parser.parse_args()
+
+
+def launch(main: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """The exit code of a script: `main`, with one line instead of a traceback for a full disk and for Ctrl-C."""
+    try:
+        return main(args)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        fail(f"{e.strerror}; make room and run again: what was written before is kept")
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to go on", file=sys.stderr)
+        return 130
 
 
 def open_run(run: Path) -> Path:
