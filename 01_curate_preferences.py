@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import math
 import sys
 import time
 from collections import Counter
@@ -195,7 +196,7 @@ class Retrieval:
     """The agent that needs no answer from a model: references for queries most like the one asked.
 
     Likeness is the cosine of character TF-IDF vectors, or of a sentence-embedding model's. Where references have a
-    popularity, the most popular among the nearest come first.
+    popularity, its logarithm at most doubles the likeness of the near ones.
     """
 
     WIDER = 5  # nearest references looked at for each that is shown
@@ -230,13 +231,16 @@ class Retrieval:
             likeness = likeness if isinstance(likeness, np.ndarray) else likeness.toarray()
             for query, row in zip(part, likeness, strict=True):
                 top = np.argpartition(-row, self.wider - 1)[: self.wider]
-                self.nearest[query] = top[np.lexsort((top, -row[top]))].tolist()
+                ranked = top[np.lexsort((top, -row[top]))].tolist()
+                self.nearest[query] = [(i, round(float(row[i]), 4)) for i in ranked]
 
     def __call__(self, query: str, response: str) -> list[Reference]:
         """The references to show; never one for the very query or with the very text that is judged."""
-        near = (self.references[i] for i in self.nearest[query])
-        fair = [r for r in near if r.query != query and r.response != response][: self.WIDER * self.k]
-        return sorted(fair, key=lambda r: -(r.popularity or 0))[: self.k]
+        near = [(self.references[i], likeness) for i, likeness in self.nearest[query]]
+        fair = [(r, like) for r, like in near if r.query != query and r.response != response]
+        most = math.log1p(max((r.popularity or 0 for r, _ in fair), default=0)) or 1.0
+        fair.sort(key=lambda pair: -pair[1] * (1 + math.log1p(pair[0].popularity or 0) / most))
+        return [r for r, _ in fair[: self.k]]
 
 
 async def judge_one(

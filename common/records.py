@@ -62,7 +62,7 @@ class Query(Record):
 class Reference(Record):
     query: str = Field(min_length=1)
     response: str = Field(min_length=1)
-    popularity: float | None = None
+    popularity: float | None = Field(default=None, ge=0)
 
 
 class Labelled(Record):

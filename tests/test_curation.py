@@ -60,8 +60,10 @@ def references() -> list[Reference]:
 
 def test_screening_says_why(tmp_path: Path, references: list[Reference]) -> None:
     texts = {
-        "first": "灯火可亲，愿你今晚有热汤，也有人等你回家吃饭。", "same": "灯火可亲，愿你今晚有热汤，也有人等你回家吃饭。",
-        "near": "灯火可亲，愿你今晚有热汤，也有人等你回家吃饭！", "other": "窗外落雪，屋里有茶，你我慢慢说话。",
+        "first": "灯火可亲，愿你今晚有热汤，也有人等你回家吃饭。",
+        "same": "灯火可亲，愿你今晚有热汤，也有人等你回家吃饭。",
+        "near": "灯火可亲，愿你今晚有热汤，也有人等你回家吃饭！",
+        "other": "窗外落雪，屋里有茶，你我慢慢说话。",
         "copy": references[0].response, "cut": references[1].response[:-2],
     }  # fmt: skip
     rows = [Candidate(id=name, query="除夕", response=text) for name, text in texts.items()]
@@ -98,11 +100,12 @@ def test_retrieval_finds_the_occasion_and_never_the_query_itself(args: Namespace
 def test_the_popular_come_first_among_the_near(args: Namespace) -> None:
     rows = [Reference(query=f"教师节祝福 {n}", response=f"老师好{n}", popularity=n) for n in range(10)]
     rows += [Reference(query=f"中秋快乐 {n}", response=f"月圆{n}", popularity=1000) for n in range(60)]
-    found = curation.Retrieval(args, rows, ["教师节祝福"])("教师节祝福", "")
-    assert [r.response for r in found[:3]] == ["月圆0", "月圆1", "月圆2"] or all("老师好" in r.response for r in found)
+    retrieve = curation.Retrieval(args, rows, ["教师节祝福"])
+    assert [r.response for r in retrieve("教师节祝福", "")] == ["老师好9", "老师好8", "老师好7"]
+    assert [r.response for r in retrieve("教师节祝福", "老师好9")] == ["老师好8", "老师好7", "老师好6"]
     unpopular = [r.model_copy(update={"popularity": None}) for r in rows]
     found = curation.Retrieval(args, unpopular, ["教师节祝福"])("教师节祝福", "")
-    assert all("老师好" in r.response for r in found)
+    assert [r.response for r in found] == ["老师好0", "老师好1", "老师好2"]
 
 
 def test_an_embedding_model_is_used_and_its_index_kept(
