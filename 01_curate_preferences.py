@@ -257,9 +257,11 @@ async def judge_one(
     answers = []
     try:
         if not args.no_debate:
-            answers += await asyncio.gather(
-                client.ask("positive", llm.Points, **seen), client.ask("negative", llm.Points, **seen)
-            )
+            sides = (client.ask(role, llm.Points, **seen) for role in ("positive", "negative"))
+            for heard in await asyncio.gather(*sides, return_exceptions=True):  # one that fails lets the other end
+                if isinstance(heard, BaseException):
+                    raise heard
+                answers.append(heard)
             record.positive, record.negative = answers[0].points, answers[1].points
         debate = {"positive": record.positive, "negative": record.negative}
         for sample in range(args.votes):
@@ -303,7 +305,7 @@ def judge_candidates(args: argparse.Namespace, references: list[Reference], scre
     path, failed = args.run / "judgements.jsonl", 0
     with Appender(path):  # mends what a kill left
         pass
-    if path.stat().st_size:  # what failed last time is asked again
+    if path.stat().st_size and any(record.error for record in stream(path, Judgement)):  # asked again
         write(path, (record for record in stream(path, Judgement) if not record.error))
     with Appender(path) as append:
 
@@ -317,7 +319,7 @@ def judge_candidates(args: argparse.Namespace, references: list[Reference], scre
         judging = time.time()
 
         async def judge_all() -> None:
-            queue, bar = todo(), tqdm(total=asked.total(), desc="judgements", unit="greeting")
+            queue = todo()
 
             async def worker() -> None:
                 for candidate in queue:  # the workers share one iterator: nobody waits for the slowest
@@ -329,10 +331,10 @@ def judge_candidates(args: argparse.Namespace, references: list[Reference], scre
                     bar.update()
 
             async with llm.Client(args, args.run) as client:
-                await asyncio.gather(*(worker() for _ in range(4 * args.concurrency)))
-            bar.close()
+                await llm.together(*(worker() for _ in range(4 * args.concurrency)))
 
-        asyncio.run(judge_all())
+        with tqdm(total=asked.total(), desc="judgements", unit="greeting") as bar:
+            asyncio.run(judge_all())
     if not failed:
         stage.finish()
     return time.time() - judging

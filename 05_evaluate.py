@@ -125,8 +125,6 @@ async def ask_judges(args: argparse.Namespace, rows: list[dict], principles: dic
     """Add to each row the rubric's grades and the verdict under each set of principles; None where none came."""
     from tqdm import tqdm
 
-    bar = tqdm(total=len(rows), desc="rubric and judge", unit="greeting")
-
     async def one(client: llm.Client, row: dict) -> None:
         seen = {"query": row["query"], "response": row["response"]}
         try:
@@ -144,8 +142,8 @@ async def ask_judges(args: argparse.Namespace, rows: list[dict], principles: dic
         bar.update()
 
     async with llm.Client(args, args.run) as client:
-        await asyncio.gather(*(one(client, row) for row in rows))
-    bar.close()
+        with tqdm(total=len(rows), desc="rubric and judge", unit="greeting") as bar:
+            await llm.together(*(one(client, row) for row in rows))
 
 
 def ask_agents(args: argparse.Namespace, rows: list[dict]) -> None:

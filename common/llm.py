@@ -7,7 +7,6 @@ raises `Unusable` with the reason. Nothing else is ever taken for an answer.
 
 import argparse
 import asyncio
-import errno
 import json
 import os
 import random
@@ -16,6 +15,7 @@ import sqlite3
 import sys
 import time
 from collections import deque
+from collections.abc import Awaitable
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from pathlib import Path
@@ -224,7 +224,6 @@ class Store:
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
         self.db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
         self.db.execute("PRAGMA journal_mode=WAL")
         self.db.execute("PRAGMA synchronous=NORMAL")
@@ -242,22 +241,16 @@ class Store:
 
     def begin(self, role: str) -> int:
         """Note that a request is about to be sent."""
-        try:
-            return self.db.execute("INSERT INTO sent (role) VALUES (?)", (role,)).lastrowid
-        except sqlite3.OperationalError as e:
-            raise OSError(errno.ENOSPC, f"{self.path}: {e}") from e
+        return self.db.execute("INSERT INTO sent (role) VALUES (?)", (role,)).lastrowid
 
     def end(self, number: int, role: str, outcome: str, used: tuple[int, int], key: str = "", text: str = "") -> None:
         """Book the outcome of a request, and keep its answer if it brought one."""
-        try:
-            with self.db:
-                self.db.execute("BEGIN")
-                self.db.execute("DELETE FROM sent WHERE number=?", (number,))
-                self._book(role, outcome, 1, *used)
-                if key:
-                    self.db.execute("INSERT OR REPLACE INTO answers VALUES (?,?,?,?)", (key, text, *used))
-        except sqlite3.OperationalError as e:
-            raise OSError(errno.ENOSPC, f"{self.path}: {e}") from e
+        with self.db:
+            self.db.execute("BEGIN")
+            self.db.execute("DELETE FROM sent WHERE number=?", (number,))
+            self._book(role, outcome, 1, *used)
+            if key:
+                self.db.execute("INSERT OR REPLACE INTO answers VALUES (?,?,?,?)", (key, text, *used))
         self.tokens = [have + more for have, more in zip(self.tokens, used, strict=True)]
 
     def _book(self, role: str, outcome: str, calls: int, input_tokens: int = 0, output_tokens: int = 0) -> None:
@@ -356,6 +349,7 @@ class Client:
         self.asking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self.failed: dict[str, str] = {}  # questions that brought no usable answer in this process, and why
         self.told: set[str] = set()
+        self.stop = ""  # why no further request may leave
         self.key = os.environ.get(args.api_key_env, "")
         self.openai, self.connecting = None, asyncio.Lock()  # made when the first question is not in the store
 
@@ -451,7 +445,7 @@ class Client:
         for attempt in range(1, self.args.attempts + 1):
             wait = min(MAX_WAIT, 0.5 * 2**attempt) * random.uniform(0.5, 1.0)
             async with self.throttle:
-                self._check_budget()
+                self._check()
                 sent = time.monotonic()
                 try:
                     return await self._attempt(key, role, request, answer)
@@ -461,11 +455,11 @@ class Client:
                         wait = retry_after(e.response.headers, wait)
                         self.throttle.limited(sent, wait)
                     elif reason.startswith(("HTTP 401", "HTTP 403")):
-                        remedy = "refuses the key; set the variable that --api-key-env names"
-                        raise Refused(f"{self.endpoint} {remedy}") from None
+                        self.stop = f"{self.endpoint} refuses the key; set the variable that --api-key-env names"
+                        raise Refused(self.stop) from None
                     elif reason == "HTTP 404":
-                        remedy = f"has no model {self.model}; name one it serves with --model"
-                        raise Refused(f"{self.endpoint} {remedy}") from None
+                        self.stop = f"{self.endpoint} has no model {self.model}; name one it serves with --model"
+                        raise Refused(self.stop) from None
                     elif reason.startswith("HTTP") and reason not in self.told:
                         self.told.add(reason)
                         tqdm.write(f"{role}: {reason}: {self._harmless(e)}", file=sys.stderr)
@@ -501,18 +495,18 @@ class Client:
         finally:
             self.store.end(number, role, outcome, used, **kept)
 
-    def _check_budget(self) -> None:
-        """Raises Refused where the run folder has cost what --budget allows; what is under way may still exceed it."""
-        if self.args.budget is None:
-            return
-        priced = self.args.price_in or self.args.price_out
-        spent = money(self.args, *self.store.tokens) if priced else sum(self.store.tokens)
-        if spent >= self.args.budget:
-            unit = "" if priced else " tokens"
-            raise Refused(
-                f"the budget of {self.args.budget:g}{unit} is spent ({spent:g}); what was answered is kept: "
-                "run again with a higher --budget to go on"
-            )
+    def _check(self) -> None:
+        """Raises Refused once the run has to stop: the key is refused, or the run folder has cost its --budget."""
+        if self.args.budget is not None and not self.stop:
+            priced = self.args.price_in or self.args.price_out
+            spent = money(self.args, *self.store.tokens) if priced else sum(self.store.tokens)
+            if spent >= self.args.budget:
+                self.stop = (
+                    f"the budget of {self.args.budget:g}{'' if priced else ' tokens'} is spent ({spent:g}); what was "
+                    "answered is kept: run again with a higher --budget to go on"
+                )
+        if self.stop:
+            raise Refused(self.stop)
 
     def _harmless(self, error: Exception) -> str:
         """The first words of an error body; an endpoint may echo the key in it."""
@@ -605,6 +599,22 @@ def usable_text(completion: dict, answer: type[BaseModel]) -> str:
         return json.dumps(answer.model_validate_json(text).model_dump(), ensure_ascii=False)
     except (ValueError, RecursionError) as e:  # pydantic's ValidationError is a ValueError
         raise Unusable("not the JSON asked for") from e
+
+
+async def together(*work: Awaitable) -> list:
+    """The results of all; when one fails, the others end before its error is raised.
+
+    After `Refused` they end by themselves: no new request leaves, and what is under way is paid for and worth keeping.
+    """
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException as e:
+        for task in tasks:
+            if not isinstance(e, Refused):
+                task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
 
 
 async def judge(client: Client, query: str, response: str, principles: list[str], sample: int = 0) -> Verdict:

@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +22,7 @@ from typing import Literal, NoReturn, TypeVar
 
 import jsonlines
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 Messages = list[dict[str, str]]  # TRL's conversational form: [{"role": ..., "content": ...}]
@@ -28,7 +30,7 @@ Messages = list[dict[str, str]]  # TRL's conversational form: [{"role": ..., "co
 
 def fail(message: str) -> NoReturn:
     """End the program with one line on stderr and exit code 2: for errors that the user can mend."""
-    print(f"error: {message}", file=sys.stderr)
+    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, also below a progress bar
     raise SystemExit(2)
 
 
@@ -269,6 +271,8 @@ def launch(main: Callable[[argparse.Namespace], int], args: argparse.Namespace) 
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         fail(f"{e.strerror}; make room and run again: what was written before is kept")
+    except sqlite3.OperationalError as e:
+        fail(f"answers.sqlite: {e}; make room and run again: what was answered before is kept")
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
         return 130
