@@ -118,7 +118,8 @@ def sample_candidates(args: argparse.Namespace, queries: list[Query]) -> bool:
     with Appender(args.run / "candidates.jsonl") as append:
         for file in args.candidates:
             for given in stream(file, Candidate, unique=False):
-                label = {"given_label": given.label} if hasattr(given, "label") else {}
+                known = getattr(given, "given_label", getattr(given, "label", None))
+                label = {} if known is None else {"given_label": known}
                 kept = given.model_dump(include=set(Candidate.model_fields) - {"query_id"})
                 if given.id not in append.done:
                     append(Candidate.model_validate(kept | label | {"source": given.source or file.name}))
@@ -358,11 +359,12 @@ class Judged(NamedTuple):
 Pair = tuple[Judged, Judged]  # accepted, rejected
 
 
-def choose_pairs(args: argparse.Namespace, judged: list[Judged]) -> tuple[list[Pair], set[str]]:
+def choose_pairs(args: argparse.Namespace, judged: list[Judged]) -> tuple[list[Pair], set[str], list[int]]:
     """Pairs of an accepted and a rejected candidate of one query, so that length decides nothing over the whole file.
 
     Pairs of nearest length come first; a candidate is in at most --uses of them; and where the lengths differ, the
-    longer text wins as often as it loses. Also returns the ids of those that only this balance left out.
+    longer text wins as often as it loses. Also returns the ids of those that were left out although they could be in
+    a pair, and by how many characters the accepted text is longer in each pair that was possible.
     """
     groups: dict[str, list[Judged]] = {}
     for record in judged:
@@ -397,7 +399,7 @@ def choose_pairs(args: argparse.Namespace, judged: list[Judged]) -> tuple[list[P
         unequal.pop()
     kept += unequal
     used = {one.id for pair in kept for one in pair}
-    return kept, {one.id for pair in possible for one in pair} - used
+    return kept, {one.id for pair in possible for one in pair} - used, gaps
 
 
 def length_gap(pair: Pair) -> float:
@@ -467,14 +469,14 @@ def main(args: argparse.Namespace) -> int:
         audits += [(r.judge["verdict"], r.reflect["verdict"])] if r.reflect else []
         votes.append(max(sum(r.votes), len(r.votes) - sum(r.votes)))
         given += [(r.given_label, r.label)] if hasattr(r, "given_label") else []
-    (pairs, unbalanced), rows = choose_pairs(args, judged), choose_demonstrations(judged)
+    (pairs, left_out, gaps), rows = choose_pairs(args, judged), choose_demonstrations(judged)
     write(args.run / "preferences.jsonl", (as_preference(args, pair) for pair in pairs))
     write(args.run / "sft.jsonl", (as_demonstration(args, row) for row in rows))
 
     paired, shown = {one.id for pair in pairs for one in pair}, {row.id for row in rows}
     for r in judged:
         roles = ["pair"] * (r.id in paired) + ["sft"] * (r.id in shown)
-        alone = "left out for the balance of lengths or --uses" if r.id in unbalanced else "no opposite for its query"
+        alone = "left out for the balance of lengths or --uses" if r.id in left_out else "no opposite for its query"
         fates[r.id] = ", ".join(roles) or f"{'accepted' if r.label else 'rejected'}: {alone}"
     write(args.run / "fates.jsonl", ({"id": i, "fate": fate} for i, fate in fates.items()))
     unequal = [len(good.response) > len(bad.response) for good, bad in pairs if length_gap((good, bad))]
@@ -486,6 +488,7 @@ def main(args: argparse.Namespace) -> int:
         "judge_reflect_kappa": agreement(*zip(*audits, strict=True))["kappa"] if audits else None,
         "votes_agree": rate(sum(votes), args.votes * len(votes)) if args.votes > 1 else None,
         "longer_wins": rate(sum(unequal), len(unequal)),
+        "longer_wins_in_all_possible_pairs": rate(sum(gap > 0 for gap in gaps), sum(gap != 0 for gap in gaps)),
         "within_20_percent": rate(sum(length_gap(pair) <= 0.2 for pair in pairs), len(pairs)),
         "failures": failures, "fates": Counter(fates.values()), "ledger": ledger,
         "money": round(llm.money(args, ledger["input_tokens"], ledger["output_tokens"]), 4),

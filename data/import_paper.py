@@ -23,7 +23,7 @@ import jsonlines
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.llm import PROMPTS
 from common.models import NgramClassifier, conversation, length_rule
-from common.records import Demonstration, Labelled, Preference, Query, fail, rate, replace_file, write
+from common.records import Candidate, Demonstration, Labelled, Preference, Query, fail, rate, replace_file, write
 
 REPOSITORY = "https://github.com/weixiaolong94-hub/Igniting-Creative-Writing-in-Small-Language-Models"
 FOLDS = 5
@@ -156,6 +156,10 @@ def main(args: argparse.Namespace) -> int:
     files = {
         "preferences.train.jsonl": preferences("train"),
         "preferences.test.jsonl": preferences("test"),
+        "candidates.jsonl": distinct(  # both texts of every pair, for step 1 to judge again
+            Candidate(query=q, response=t, source="the paper's pairs", given_label=label)
+            for side in triples.values() for q, c, r in side for t, label in ((c, 1), (r, 0)) if t.strip()
+        ),
         "sft.jsonl": distinct(Demonstration(prompt=conversation(q, PROMPTS), query=q, completion=answer(o))
                               for q, o in demonstrations),
         "queries.jsonl": distinct(Query(query=q) for q in queries["train"] if q.strip()),

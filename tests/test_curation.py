@@ -28,9 +28,9 @@ def test_over_the_file_the_longer_text_wins_as_often_as_it_loses() -> None:
         label = rng.random() < 0.5
         length = rng.randint(30, 60) if label == (rng.random() < 0.9) else rng.randint(10, 40)
         rows.append(judged(number, number // 8, length, int(label)))
-    pairs, _ = curation.choose_pairs(Namespace(uses=2), rows)
+    pairs, _, gaps = curation.choose_pairs(Namespace(uses=2), rows)
     sides = Counter((len(a.response) > len(b.response)) - (len(a.response) < len(b.response)) for a, b in pairs)
-    assert len(pairs) > 300 and sides[1] == sides[-1] > 50
+    assert len(pairs) > 300 and sides[1] == sides[-1] > 50 and sum(gap > 0 for gap in gaps) > 0.7 * len(gaps)
     assert all((a.label, b.label) == (1, 0) and a.query == b.query for a, b in pairs)
     assert max(Counter(one.id for pair in pairs for one in pair).values()) <= 2
     anyhow = [(a, b) for a in rows for b in rows if a.query == b.query and a.label > b.label]
@@ -40,7 +40,7 @@ def test_over_the_file_the_longer_text_wins_as_often_as_it_loses() -> None:
 
 def test_where_only_longer_texts_win_there_are_no_pairs() -> None:
     rows = [judged(n, n // 2, 40 if n % 2 else 20, n % 2) for n in range(40)]
-    pairs, left_out = curation.choose_pairs(Namespace(uses=2), rows)
+    pairs, left_out, _ = curation.choose_pairs(Namespace(uses=2), rows)
     assert not pairs and left_out == {row.id for row in rows}
 
 
