@@ -206,7 +206,7 @@ def generate(
 
 
 class RewardModel:
-    """A trained reward model: scores of (query, response), standardised on the pairs it was tested on."""
+    """A trained reward model: scores of (query, response), standardised and freed of length by calibration.json."""
 
     def __init__(self, folder: Path, base: str, bits: int, prompts: Path):
         from peft import PeftModel
@@ -218,10 +218,9 @@ class RewardModel:
         model = load_base(AutoModelForSequenceClassification, base, bits, num_labels=1)
         model.config.pad_token_id = self.tokenizer.pad_token_id
         self.model = PeftModel.from_pretrained(model, folder).eval()
-        calibration = folder / "calibration.json"
-        self.mean, self.std = 0.0, 1.0
-        if calibration.is_file():
-            self.mean, self.std = (json.loads(calibration.read_text())[k] for k in ("mean", "std"))
+        path = folder / "calibration.json"  # not there while step 2 makes it
+        nothing = {"mean": 0.0, "std": 1.0, "length": {"slope": 0.0, "shortest": 0, "longest": 0}}
+        self.calibration = json.loads(path.read_text()) if path.is_file() else nothing
 
     def score(self, rows: list[tuple[str, str]], batch_size: int = 64) -> list[float]:
         """A score a (query, response) row, in standard deviations from the mean of the calibration responses."""
@@ -244,8 +243,14 @@ class RewardModel:
             with torch.inference_mode():
                 logits = self.model(**batch.to(self.model.device)).logits[:, 0].float().tolist()
             for i, logit in zip(chunk, logits, strict=True):
-                scores[i] = (logit - self.mean) / self.std
+                scores[i] = self.calibrated(logit, len(conversations[i][-1]["content"]))
         return scores
+
+    def calibrated(self, logit: float, length: int) -> float:
+        """A head's output without its slope over length (characters), in standard deviations from the mean."""
+        line = self.calibration["length"]
+        length = min(max(length, line["shortest"]), line["longest"])
+        return (logit - line["slope"] * length - self.calibration["mean"]) / self.calibration["std"]
 
 
 class Embedding:

@@ -114,6 +114,14 @@ class Preference(Record):
     rejected_id: str = ""
     why: str = ""
 
+    @model_validator(mode="after")
+    def _two_sides(self):
+        chosen, rejected = (side[-1].get("content", "").strip() for side in (self.chosen, self.rejected))
+        if not chosen or not rejected or chosen == rejected:
+            what = "chosen and rejected are the same text" if chosen == rejected else "one side is empty"
+            raise ValueError(f"{what}: delete the pair")
+        return self
+
     def content(self) -> tuple:
         return (self.prompt, self.chosen, self.rejected)
 
