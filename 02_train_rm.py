@@ -147,6 +147,7 @@ def parse_args() -> argparse.Namespace:
     add("--batch-size", type=positive, default=16, help="pairs a device and step (%(default)s)")
     add("--accumulation", type=positive, default=8, help="steps that make one update (%(default)s)")
     add("--max-length", type=positive, default=768, help="tokens; longer pairs are left out (%(default)s)")
+    add("--random-batches", action="store_true", help="batches of any lengths, as TRL makes them by default")
     add("--checks", type=positive, default=20, help="times to save and to look at held-out loss (%(default)s)")
     add("--patience", type=positive, default=3, help="checks without a gain, after which to stop (%(default)s)")
     models.add_policy_flags(parser)
@@ -296,7 +297,8 @@ def train(args: argparse.Namespace, pairs: list[Preference], stop: list[Preferen
         eval_strategy="steps", save_strategy="steps", eval_steps=every, save_steps=every, save_total_limit=2,
         load_best_model_at_end=True, metric_for_best_model="eval_loss", logging_nan_inf_filter=False,
         # Without its own column the sampler finds no length; the collator takes what it needs.
-        train_sampling_strategy="group_by_length", remove_unused_columns=False, **models.trainer_settings(),
+        train_sampling_strategy="random" if args.random_batches else "group_by_length", remove_unused_columns=False,
+        **models.trainer_settings(args.bits),
     )  # fmt: skip
     bar = models.progress_callback("reward model", ["loss", "accuracy", "eval_loss"])
     trainer = FiniteRewardTrainer(
@@ -305,6 +307,8 @@ def train(args: argparse.Namespace, pairs: list[Preference], stop: list[Preferen
         callbacks=[bar, EarlyStoppingCallback(args.patience)],
     )  # fmt: skip
     models.prepare(trainer)
+    if not len(trainer.train_dataset) or not len(trainer.eval_dataset):
+        fail(f"all pairs are longer than --max-length {args.max_length} tokens; raise it")
     if too_long := len(pairs) - len(trainer.train_dataset):
         print(f"02: {too_long} of {len(pairs)} pairs are longer than --max-length {args.max_length} and left out")
     trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None)
@@ -453,7 +457,8 @@ def main(args: argparse.Namespace) -> int:
          "eval": file_hash(args.eval_preferences) if args.eval_preferences else args.eval_share,
          "derived": args.derived, "without": args.without, "rank": args.rank, "learning_rate": args.learning_rate,
          "epochs": args.epochs, "max_length": args.max_length, "batch": args.batch_size * args.accumulation,
-         "calibrated": not args.no_length_calibration, "checks": args.checks, "patience": args.patience},
+         "calibrated": not args.no_length_calibration, "checks": args.checks, "patience": args.patience,
+         "random_batches": args.random_batches},
         args.redo,
     )  # fmt: skip
     if stage.done and read_summary(args.run, "02_summary"):

@@ -90,7 +90,8 @@ def sft(args: argparse.Namespace, base: str) -> dict:
     config = SFTConfig(
         output_dir=str(args.run / "sft_checkpoints"), num_train_epochs=args.sft_epochs, seed=args.seed,
         learning_rate=args.sft_learning_rate, per_device_train_batch_size=args.sft_batch_size, max_length=768,
-        lr_scheduler_type="cosine", warmup_steps=0.05, logging_steps=1, save_strategy="no", **models.trainer_settings(),
+        lr_scheduler_type="cosine", warmup_steps=0.05, logging_steps=1, save_strategy="no",
+        **models.trainer_settings(args.bits),
     )  # fmt: skip
     bar = models.progress_callback("SFT", ["loss"], args.run / "metrics_none.jsonl")
     trainer = SFTTrainer(
@@ -172,7 +173,7 @@ def grpo(args: argparse.Namespace, base: str) -> dict:
         per_device_train_batch_size=args.micro_batch, num_generations=args.samples, beta=args.kl,
         gradient_accumulation_steps=args.mini_batch * args.samples // args.micro_batch,
         steps_per_generation=completions // args.micro_batch, max_completion_length=args.max_tokens,
-        temperature=args.temperature, logging_steps=1, save_strategy="no", **models.trainer_settings(),
+        temperature=args.temperature, logging_steps=1, save_strategy="no", **models.trainer_settings(args.bits),
     )  # fmt: skip
     bar = models.progress_callback(
         f"GRPO, reward {args.reward}", ["reward", "completions/mean_length"], args.run / f"metrics_{args.reward}.jsonl"

@@ -119,12 +119,18 @@ def lora(rank: int, alpha: int, task: str, **kwargs):
     return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=LORA_TARGETS, task_type=task, **kwargs)
 
 
-def trainer_settings() -> dict:
-    """Settings that every TRL trainer here shares: bf16 and checkpointing where there is a GPU, no tracker, no bar."""
+def trainer_settings(bits: int) -> dict:
+    """Settings that every TRL trainer here shares: bf16 where load_base takes it, no tracker, no bar."""
     import torch
 
     cuda = torch.cuda.is_available()
-    return {"bf16": cuda, "use_cpu": not cuda, "gradient_checkpointing": cuda, "report_to": [], "disable_tqdm": True}
+    return {
+        "bf16": cuda or bits == 4,
+        "use_cpu": not cuda,
+        "gradient_checkpointing": cuda,
+        "report_to": [],
+        "disable_tqdm": True,
+    }
 
 
 def progress_callback(title: str, shown: list[str], metrics: Path | None = None):
@@ -240,7 +246,8 @@ class RewardModel:
             batch = self.tokenizer(
                 [texts[i] for i in chunk], return_tensors="pt", padding=True, add_special_tokens=False
             )
-            with torch.inference_mode():
+            half = self.model.dtype == torch.bfloat16  # the head is in fp32, as it was trained
+            with torch.inference_mode(), torch.autocast(self.model.device.type, torch.bfloat16, enabled=half):
                 logits = self.model(**batch.to(self.model.device)).logits[:, 0].float().tolist()
             for i, logit in zip(chunk, logits, strict=True):
                 scores[i] = self.calibrated(logit, len(conversations[i][-1]["content"]))

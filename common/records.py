@@ -177,7 +177,8 @@ def stream(path: Path | str, kind: type[R], made_by: str = "", unique: bool = Tr
                 first = e.errors(include_url=False, include_input=False)[0]
                 field = ".".join(map(str, first["loc"])) or "record"
                 wanted = ", ".join(name for name, f in kind.model_fields.items() if f.is_required())
-                fail(f"{path}:{number}: {field}: {first['msg']}; a {kind.__name__.lower()} needs {wanted}")
+                message = first["msg"].removeprefix("Value error, ")
+                fail(f"{path}:{number}: {field}: {message}; a {kind.__name__.lower()} needs {wanted}")
             if unique and record.id in first_line:
                 fail(f"{path}:{number}: same id as line {first_line[record.id]} ({record.id}); delete one of the two")
             first_line[record.id] = number

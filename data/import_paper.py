@@ -94,6 +94,10 @@ def ngrams_right(labelled: list[Labelled]) -> dict:
     return rate(right, len(labelled))
 
 
+def two_sided(chosen: str, rejected: str) -> bool:
+    return bool(chosen.strip() and rejected.strip() and chosen.strip() != rejected.strip())
+
+
 def main(args: argparse.Namespace) -> int:
     found = sorted(args.clone.rglob("reward_model/reward_data_train.json"))
     if not found:
@@ -138,6 +142,8 @@ def main(args: argparse.Namespace) -> int:
         f"SFT outputs that open with {openings.most_common(1)[0][0]}": rate(
             openings.most_common(1)[0][1], len(demonstrations)),
         "labelled rows repeated": rate(len(labelled) - len(distinct(labelled)), len(labelled)),
+        "pairs left out: the same text on both sides, or none on one": rate(
+            sum(not two_sided(c, r) for _, c, r in train + test), len(train) + len(test)),
         "test pairs whose query is in the training pairs": rate(
             sum(q in train_queries for q, _, _ in test), len(test)),
     }  # fmt: skip
@@ -151,6 +157,7 @@ def main(args: argparse.Namespace) -> int:
                 prompt=conversation(q, PROMPTS), query=q, chosen=answer(c), rejected=answer(r), why="as released"
             )
             for q, c, r in triples[side]
+            if two_sided(c, r)
         )
 
     files = {

@@ -159,7 +159,7 @@ def test_import_of_a_clone_writes_records_and_an_audit(clone: Path, tmp_path: Pa
     lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in out.glob("*.jsonl")}
     assert lines == {
         "preferences.train.jsonl": 6, "preferences.test.jsonl": 2, "sft.jsonl": 4, "labelled.jsonl": 16,
-        "queries.jsonl": 6, "queries_heldout.jsonl": 2, "queries_all.jsonl": 2,
+        "queries.jsonl": 6, "queries_heldout.jsonl": 2, "queries_all.jsonl": 2, "candidates.jsonl": 16,
     }  # fmt: skip
     prompt, chosen, rejected = read(out / "preferences.train.jsonl", Preference)[0].texts
     assert "雪天问候奶奶" in prompt and [chosen, rejected] == [greeting("奶奶", good) for good in (True, False)]

@@ -77,7 +77,7 @@ def test_four_bits_on_a_cpu_write_and_learn(base: str, queries: list[str], tmp_p
     ]
     config = SFTConfig(
         output_dir=str(tmp_path), max_steps=6, learning_rate=5e-3, per_device_train_batch_size=8, logging_steps=1,
-        **models.trainer_settings(),
+        **models.trainer_settings(4),
     )  # fmt: skip
     trainer = SFTTrainer(
         model=model, args=config, processing_class=tokenizer, train_dataset=Dataset.from_list(rows),

@@ -176,7 +176,7 @@ def test_trl_takes_the_preferences_as_they_are(run: Path, tmp_path: Path) -> Non
     dataset = load_dataset("json", data_files=str(run / "preferences.jsonl"), split="train", cache_dir=str(tmp_path))
     base = str(offline.tiny_policy())
     config = RewardConfig(
-        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, **models.trainer_settings()
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, **models.trainer_settings(16)
     )
     trainer = RewardTrainer(
         model=AutoModelForSequenceClassification.from_pretrained(base, num_labels=1), args=config,

@@ -1,0 +1,77 @@
+"""The plain reward model against the robust one, on the paper's released pairs, tiny model, CPU.
+
+    python data/import_paper.py CLONE --out data/paper
+    python bench/reward_model.py                    # seeds 0, 1, 2; hours on two cores
+    python bench/reward_model.py --seeds 0 --pairs 2000
+
+Plain: the pairs as released, batches of any lengths, no calibration. Robust: the defaults of step 2. Both see the same
+test pairs and the same attacks. A figure is the mean over the seeds, with the lowest and the highest.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+KINDS = {"plain": ["--derived", "0", "--no-length-calibration", "--random-batches"], "robust": []}
+
+
+def train(folder: Path, data: Path, seed: int, flags: list[str]) -> dict:
+    """The summary of step 2, run with these flags unless it was run already."""
+    command = [sys.executable, "02_train_rm.py", "--offline", "--run", str(folder), "--seed", str(seed), *flags]
+    command += ["--preferences", str(data / "train.jsonl"), "--allow-leak"]
+    command += ["--eval-preferences", str(data / "test.jsonl")]
+    if subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
+        sys.exit(f"failed: {' '.join(command)}")
+    return json.loads((folder / "02_summary.json").read_text())
+
+
+def figures(summary: dict) -> dict[str, float]:
+    """What the table shows of one run."""
+    log = summary["log"]
+    runtime, tokens = log[-1]["train_runtime"], max(entry.get("num_tokens", 0) for entry in log)
+    seen = (summary["train_pairs"] + summary["derived_pairs"]) * summary["settings"]["epochs"]
+    found = {name: rate["value"] for name, rate in summary["eval"].items()}
+    found["|correlation of score and length|, chosen texts"] = abs(summary["length_correlation"])
+    found["seconds for 1,000 pairs seen"] = 1000 * runtime / seen
+    found["tokens a second"] = tokens / runtime
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=ROOT / "data/paper", help="what import_paper.py wrote")
+    parser.add_argument("--out", type=Path, default=ROOT / "outputs/bench_rm", help="folder of the runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--pairs", type=int, help="train on the first so many pairs only")
+    args = parser.parse_args()
+    data = args.out / f"data_{args.pairs}"
+    data.mkdir(parents=True, exist_ok=True)
+    for side, most in (("train", args.pairs), ("test", None)):
+        rows = (args.data / f"preferences.{side}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        (data / f"{side}.jsonl").write_text("".join(rows[:most]), encoding="utf-8")
+    runs = {
+        kind: [train(args.out / f"{kind}_{args.pairs}_{seed}", data, seed, flags) for seed in args.seeds]
+        for kind, flags in KINDS.items()
+    }
+    tables = {kind: [figures(summary) for summary in summaries] for kind, summaries in runs.items()}
+    first = runs["robust"][0]
+    print(f"\n{len(args.seeds)} seeds, {first['train_pairs']} training pairs, {first['test_pairs']} test pairs")
+    print("\n| figure | plain | robust | n |\n|---|---|---|---|")
+    for name in tables["plain"][0]:
+        cells = []
+        for kind in KINDS:
+            values = [found[name] for found in tables[kind]]
+            mark = "{:.1%}" if name in first["eval"] else "{:.2f}"
+            low, high = mark.format(min(values)), mark.format(max(values))
+            cells.append(f"{mark.format(statistics.mean(values))} [{low}, {high}]")
+        print(f"| {name} | {' | '.join(cells)} | {first['eval'].get(name, {}).get('n', '')} |")
+    for name, rate in first["baselines"].items():
+        print(f"| null: {name} | {rate['value']:.1%} | | {rate['n']} |")
+
+
+if __name__ == "__main__":
+    main()

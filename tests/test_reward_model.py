@@ -1,0 +1,212 @@
+"""Step 2: the data gate, the spoilt texts, the calibration, a killed training, and what rm/ is to others."""
+
+import importlib
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, lines, run_script
+
+from common import models
+from common.records import Preference, Reference, read, write
+
+rm = importlib.import_module("02_train_rm")
+SCRIPT = "02_train_rm.py"
+
+
+def pair(query: str, chosen: str, rejected: str) -> Preference:
+    sides = ([{"role": "assistant", "content": text}] for text in (chosen, rejected))
+    return Preference(
+        prompt=[{"role": "user", "content": query}], query=query, chosen=next(sides), rejected=next(sides)
+    )
+
+
+@pytest.fixture(scope="module")
+def pairs() -> list[Preference]:
+    """Chosen: shipped references; rejected: the same, each cut after a third."""
+    references = read(ROOT / "data/references.jsonl", Reference)[:200]
+    return [pair(r.query, r.response, r.response[: len(r.response) // 3] + "了") for r in references]
+
+
+@pytest.fixture(scope="module")
+def trained(pairs: list[Preference], tmp_path_factory) -> Path:
+    """The folder of a short run on these pairs."""
+    run = tmp_path_factory.mktemp("rm")
+    write(run / "preferences.jsonl", pairs)
+    done = run_script(SCRIPT, "--offline", "--run", run, "--checks", 4)
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+def test_every_kind_of_spoilt_text_is_worse_in_words_that_training_does_not_see(pairs: list[Preference]) -> None:
+    assert rm.SPOILERS.keys() == rm.ATTACKS.keys()
+    rng = random.Random(0)
+    for name in rm.SPOILERS:
+        seen = {rm.SPOILERS[name](p.texts[1], rng, "别人的祝福。").strip() for p in pairs for _ in range(5)}
+        texts = {p.texts[1] for p in pairs}
+        assert not seen & texts or name in ("clauses_shuffled", "characters_shuffled"), name
+        if name not in ("other_occasion", "clauses_shuffled"):  # other greetings, few clauses: nothing to word anew
+            attacks = {rm.ATTACKS[name](p.texts[1], rng, "别人的祝福。").strip() for p in pairs} - texts
+            assert len(attacks & seen) <= 0.05 * len(attacks), name
+
+
+def test_another_occasion_is_another_occasion() -> None:
+    rows = {"给妈妈的母亲节祝福": "妈妈，节日快乐，汤在锅里。", "中秋发给客户": "月圆人安，改日登门。"}
+    some = [pair(query, text, "好") for query, text in (rows | {"随便写一句": "今天也要好好吃饭。"}).items()]
+    others, rng = rm.Others(some), random.Random(0)
+    assert [others(p, rng) for p in some] == ["月圆人安，改日登门。", "妈妈，节日快乐，汤在锅里。", ""]
+
+
+def test_no_query_and_no_text_is_on_both_sides_of_the_split(tmp_path: Path, pairs: list[Preference]) -> None:
+    twice = [pair(p.texts[0] + " 短", p.texts[1], p.texts[2] + "吧") for p in pairs[:60]]
+    write(tmp_path / "preferences.jsonl", pairs + twice)
+    args = Namespace(
+        preferences=tmp_path / "preferences.jsonl", eval_preferences=None, eval_share=0.2, seed=0, run=tmp_path
+    )
+    train, stop, test, found = rm.split(args)
+    assert not {p.texts[0] for p in train + stop} & {p.texts[0] for p in test}
+    assert not {t for p in train + stop for t in p.texts[1:]} & {t for p in test for t in p.texts[1:]}
+    assert not {p.texts[0] for p in train} & {p.texts[0] for p in stop}
+    assert found["training_pairs_left_out"] == 260 - len(train) - len(stop) - len(test) > 5
+    write(tmp_path / "preferences.jsonl", (pairs + twice)[::-1])
+    assert {p.id for p in rm.split(args)[2]} == {p.id for p in test}  # whatever the order of the file
+
+
+@pytest.mark.parametrize(
+    ("spoil", "found"),
+    [
+        (lambda p: pair(p.texts[0], "另一句，灯下写给你的话。", "不好"), "1 by query, 0 by text, 0 by near_text"),
+        (lambda p: pair("别的", p.texts[1], "不好"), "0 by query, 1 by text, 1 by near_text"),
+        (lambda p: pair("别的", p.texts[1] + "呀", "不好"), "0 by query, 0 by text, 1 by near_text"),
+    ],
+)
+def test_a_leak_into_the_test_pairs_stops_the_run_with_its_count(
+    tmp_path: Path, pairs: list[Preference], spoil, found: str
+) -> None:
+    long = max(pairs, key=lambda p: len(p.texts[1]))
+    write(tmp_path / "train.jsonl", pairs)
+    write(tmp_path / "test.jsonl", [spoil(long), pair("清早出门", "雾散了，路上慢些走，伞在门后。", "哦")])
+    flags = ["--preferences", tmp_path / "train.jsonl", "--eval-preferences", tmp_path / "test.jsonl"]
+    done = run_script(SCRIPT, "--offline", "--run", tmp_path / "run", *flags)
+    assert done.returncode == 2 and found in done.stderr and "--allow-leak" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "told"), [("好", "好 ", "the same text"), ("好", " ", "empty"), ("", "好", "empty")]
+)
+def test_a_pair_that_teaches_nothing_is_named(tmp_path: Path, pairs, chosen: str, rejected: str, told: str) -> None:
+    good = [p.model_dump() for p in pairs[:3]]
+    bad = good[0] | {"id": "x", "chosen": [{"role": "assistant", "content": chosen}]}
+    bad["rejected"] = [{"role": "assistant", "content": rejected}]
+    write(tmp_path / "preferences.jsonl", [*good, bad])
+    done = run_script(SCRIPT, "--offline", "--run", tmp_path)
+    assert done.returncode == 2 and "preferences.jsonl:4" in done.stderr and told in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_it_learns_and_says_so_in_its_card(trained: Path) -> None:
+    summary = json.loads((trained / "02_summary.json").read_text())
+    assert summary["eval"]["all"]["value"] > 0.8
+    assert {f"attack: {name}" for name in rm.ATTACKS} <= summary["eval"].keys()
+    assert summary["baselines"]["longer"]["value"] == 1.0  # as the pairs were made
+    card = (trained / "rm/README.md").read_text(encoding="utf-8")
+    assert all(f"| {name} |" in card for name in summary["eval"]) and "null: longer" in card
+    assert (trained / "rm/training.svg").read_text(encoding="utf-8").count("<path") > 10
+    losses = [log["eval_loss"] for log in summary["log"] if "eval_loss" in log]
+    assert len(losses) >= 3 and min(losses) < losses[0]
+
+
+def test_others_load_it_without_this_project(trained: Path) -> None:
+    """What the card says: PEFT, transformers, and the figures of calibration.json."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    name = json.loads((trained / "rm/adapter_config.json").read_text())["base_model_name_or_path"]
+    model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1)
+    model = PeftModel.from_pretrained(model, trained / "rm").eval()
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    figures = json.loads((trained / "rm/calibration.json").read_text())
+    rows = lines(trained / "rm_eval.jsonl")[:20]
+    for row in rows:
+        chat = [{"role": "user", "content": row["query"]}, {"role": "assistant", "content": row["chosen"]}]
+        ids = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False), return_tensors="pt")
+        with torch.inference_mode():
+            head = model(**ids).logits.item()
+        line = figures["length"]
+        length = min(max(len(row["chosen"]), line["shortest"]), line["longest"])
+        score = (head - line["slope"] * length - figures["mean"]) / figures["std"]
+        assert score == pytest.approx(row["chosen_score"], abs=1e-3)
+
+
+def test_the_calibration_takes_the_slope_off_and_invites_no_extremes(trained: Path) -> None:
+    model = object.__new__(models.RewardModel)
+    model.calibration = {"mean": 1.0, "std": 2.0, "length": {"slope": 0.1, "shortest": 20, "longest": 60}}
+    assert model.calibrated(3.0, 30) == pytest.approx((3.0 - 3.0 - 1.0) / 2)
+    assert model.calibrated(3.0, 0) == model.calibrated(3.0, 20) and model.calibrated(3.0, 999) == model.calibrated(
+        3.0, 60
+    )
+    line = json.loads((trained / "rm/calibration.json").read_text())["length"]
+    assert 0 < line["shortest"] < line["longest"]
+
+
+def test_scores_of_a_file_keep_its_order_and_its_keys(trained: Path, tmp_path: Path) -> None:
+    rows = [{"query": "教师节", "response": f"老师，{'平安，' * (n % 5)}今日有花。", "mine": n} for n in range(70)]
+    write(tmp_path / "some.jsonl", rows)
+    done = run_script(
+        SCRIPT, "--offline", "--run", trained, "--score", tmp_path / "some.jsonl", "--batch-size-generate", 16
+    )
+    assert done.returncode == 0, done.stderr
+    scored = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [{k: row[k] for k in ("query", "response", "mine")} for row in scored] == rows
+    same = {row["response"]: row["score"] for row in scored}
+    assert all(row["score"] == pytest.approx(same[row["response"]], abs=1e-3) for row in scored)
+
+
+def test_a_killed_training_goes_on_from_its_checkpoint(trained: Path, tmp_path: Path) -> None:
+    flags = ["--offline", "--run", str(tmp_path), "--checks", "8"]
+    (tmp_path / "preferences.jsonl").write_bytes((trained / "preferences.jsonl").read_bytes())
+    process = subprocess.Popen([sys.executable, SCRIPT, *flags], cwd=ROOT, stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(list(tmp_path.glob("rm_checkpoints/checkpoint-*/trainer_state.json"))) < 2:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "rm").exists()
+    done = run_script(SCRIPT, *flags)
+    assert done.returncode == 0, done.stderr
+    assert "| 0/" not in done.stderr.split("reward model:")[1]  # the bar begins where the checkpoint was
+    summary = json.loads((tmp_path / "02_summary.json").read_text())
+    steps = [log["step"] for log in summary["log"] if "loss" in log]
+    assert steps == sorted(set(steps)) and summary["eval"]["all"]["value"] > 0.8
+
+
+def test_a_loss_that_is_not_finite_stops_with_one_line(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "preferences.jsonl").write_bytes((trained / "preferences.jsonl").read_bytes())
+    done = run_script(SCRIPT, "--offline", "--run", tmp_path, "--learning-rate", "1e30")
+    (line,) = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert (
+        done.returncode == 2 and "not finite" in line and "--learning-rate" in line and "Traceback" not in done.stderr
+    )
+    assert not (tmp_path / "rm").exists()
+
+
+def test_pairs_that_are_all_too_long_are_refused(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "preferences.jsonl").write_bytes((trained / "preferences.jsonl").read_bytes())
+    done = run_script(SCRIPT, "--offline", "--run", tmp_path, "--max-length", 5)
+    assert done.returncode == 2 and "--max-length" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_four_bits_on_a_cpu_learn_too(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "preferences.jsonl").write_bytes((trained / "preferences.jsonl").read_bytes())
+    flags = ["--bits", 4, "--derived", 0, "--checks", 1, "--stress-size", 10]
+    done = run_script(SCRIPT, "--offline", "--run", tmp_path, *flags)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "02_summary.json").read_text())
+    assert summary["settings"]["bits"] == 4 and summary["eval"]["all"]["value"] > 0.6
