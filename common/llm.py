@@ -617,13 +617,18 @@ async def together(*work: Awaitable) -> list:
         raise
 
 
-async def judge(client: Client, query: str, response: str, principles: list[str], sample: int = 0) -> Verdict:
+async def judge(
+    client: Client, query: str, response: str, principles: list[str], sample: int = 0, temperature: float | None = None
+) -> Verdict:
     """The principle-guided judge: 1 if the response satisfies every principle, else 0, with the reason.
+
+    Asked at temperature 0; further samples, which are votes, at 0.7 unless a temperature is given.
 
     Raises:
         Unusable: the endpoint gave no usable verdict. That is a failure to record, never a verdict.
     """
+    usual = 0.7 if sample else 0.0
     return await client.ask(
-        "detector", Verdict, sample=sample, temperature=0.7 if sample else 0.0,
+        "detector", Verdict, sample=sample, temperature=usual if temperature is None else temperature,
         query=query, response=response, principles=principles,
     )  # fmt: skip

@@ -1,0 +1,168 @@
+"""Step 3 as a subprocess against a loopback endpoint: a judge that never gets worse, whatever the agents say."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, lines
+from endpoint import Reply, Served, chat, critic, endpoint, status
+from test_llm import data_of
+
+from common.llm import read_rules
+
+SCRIPT = "03_refine_judge.py"
+SMALL = ["--rounds", "3", "--batch", "12", "--attacks", "6", "--bank", "13", "--patience", "3"]
+
+
+@pytest.fixture
+def server() -> Iterator[Served]:
+    with endpoint(critic) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory) -> Path:
+    """120 of the shipped labelled rows, whole pairs."""
+    path = tmp_path_factory.mktemp("labelled") / "labelled.jsonl"
+    rows = (ROOT / "data/labelled.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join(rows[:240]), encoding="utf-8")
+    return path
+
+
+def start(run: Path, labelled: Path, url: str, *flags: object) -> subprocess.Popen:
+    command = [sys.executable, SCRIPT, "--run", run, "--labelled", labelled, "--base-url", url, "--model", "m"]
+    command += [*SMALL, "--concurrency", "8", "--attempts", "1", *flags]
+    return subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"NO_PROXY": "127.0.0.1"},
+    )  # fmt: skip
+
+
+def refine(run: Path, labelled: Path, url: str, *flags: object) -> tuple[list[dict], dict]:
+    """(the versions, the summary) of a run that must succeed."""
+    process = start(run, labelled, url, *flags)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, out + err
+    return lines(run / "principles.jsonl"), json.loads((run / "03_summary.json").read_text(encoding="utf-8"))
+
+
+def role(request: dict) -> str:
+    return request["response_format"]["json_schema"]["name"]
+
+
+def rules(*texts: str) -> Reply:
+    return chat(json.dumps({"rules": list(texts)}, ensure_ascii=False))
+
+
+def test_it_gets_better_and_what_it_did_is_on_record(server: Served, tmp_path: Path, labelled: Path) -> None:
+    versions, summary = refine(tmp_path / "run", labelled, server.url, "--repeat", 1, "--attribute")
+    seed, final = summary["test"]["seed"], summary["test"]["final"]
+    assert final["kappa"] > seed["kappa"] and final["false_accept"]["value"] < seed["false_accept"]["value"]
+    assert versions[0]["principles"] == read_rules(ROOT / "prompts/principles.md") and versions[0]["accepted"]
+    accepted = [v["validation"]["kappa"] for v in versions if v["accepted"]]
+    assert accepted == sorted(accepted) and len(accepted) > 1
+    assert {row["without"] for row in summary["attribute"]} == set(summary["principles"])
+    assert summary["same_when_asked_again"]["value"] == 1.0 == summary["same_in_reverse_order"]["value"]
+    assert (tmp_path / "run/principles.svg").stat().st_size > 1000
+    attacked = {row["query"] for row in lines(tmp_path / "run/redteam.jsonl") if row["source"] == "fixed"}
+    unseen = {data_of(r["messages"])["query"] for r in server.asked if role(r) == "detector"} - attacked
+    assert len(attacked) >= 12 and len(unseen) > 12
+
+
+def test_a_poisoned_rewrite_is_rolled_back(server: Served, tmp_path: Path, labelled: Path) -> None:
+    """An Optimiser that drops every rule but one, which nothing breaks: everything would pass."""
+
+    def poisoned(request: dict) -> Reply:
+        lenient = role(request) == "optimiser" and data_of(request["messages"])["kind"] == "准则"
+        return rules("写得开心就好。") if lenient else critic(request)
+
+    seed = tmp_path / "principles.md"
+    seed.write_text("- 必须写完整，话说到一半就中断的不合格。\n- 不夹杂外文或拼音。\n", encoding="utf-8")
+    server.replies[:] = [poisoned]
+    versions, summary = refine(tmp_path / "run", labelled, server.url, "--from", seed)
+    assert [v["accepted"] for v in versions] == [True, False, False, False]
+    assert all("would" in v["why"] for v in versions[1:]) and summary["principles"] == read_rules(seed)
+    versions, _ = refine(tmp_path / "without", labelled, server.url, "--from", seed, "--no-acceptance")
+    assert versions[1]["accepted"] and versions[1]["principles"] == ["写得开心就好。"]
+
+
+def test_rules_that_quote_a_labelled_greeting_are_refused(server: Served, tmp_path: Path, labelled: Path) -> None:
+    text = next(row["response"] for row in lines(labelled) if len(row["response"]) > 20)
+    quoting = f"像“{text[2:14]}”这样的才合格。"
+
+    def copying(request: dict) -> Reply:
+        return rules(quoting, "不夹杂外文或拼音。") if role(request) == "optimiser" else critic(request)
+
+    server.replies[:] = [copying]
+    versions, summary = refine(tmp_path / "run", labelled, server.url)
+    assert not any(quoting in v["principles"] for v in versions)
+    assert summary["failures"]["a rule that quotes a labelled greeting"] >= 1
+
+
+def test_nothing_is_decided_when_half_the_verdicts_fail(server: Served, tmp_path: Path, labelled: Path) -> None:
+    def half(request: dict) -> Reply:
+        broken = role(request) == "detector" and len(data_of(request["messages"])["response"]) % 2
+        return status(400) if broken else critic(request)
+
+    server.replies[:] = [half]
+    versions, summary = refine(tmp_path / "run", labelled, server.url)
+    assert len(versions) > 1 and not any(v["accepted"] for v in versions[1:])
+    assert any("not decided" in v["why"] for v in versions[1:])
+    assert summary["failures"]["HTTP 400"] > 10 and summary["test"]["final"]["failed"] > 10
+
+
+def test_a_judge_that_always_says_yes_is_called_that(server: Served, tmp_path: Path, labelled: Path) -> None:
+    yes = chat('{"reason": "好", "verdict": 1}')
+    server.replies[:] = [lambda request: yes if role(request) == "detector" else critic(request)]
+    _, summary = refine(tmp_path / "run", labelled, server.url)
+    final = summary["test"]["final"]
+    assert summary["constant"] and final["kappa"] == 0 and final["false_accept"]["value"] == 1.0
+
+
+@pytest.mark.parametrize(("flag", "silent"), [("--no-adversary", "generator"), ("--no-reflection", "reflector")])
+def test_an_ablation_leaves_its_agent_out(
+    server: Served, tmp_path: Path, labelled: Path, flag: str, silent: str
+) -> None:
+    refine(tmp_path / "run", labelled, server.url, flag)
+    asked = {role(request) for request in server.asked}
+    assert silent not in asked and "detector" in asked
+
+
+def test_killed_it_goes_on_and_ends_with_the_same_file(server: Served, tmp_path: Path, labelled: Path) -> None:
+    whole, _ = refine(tmp_path / "whole", labelled, server.url)
+    asked, server.dwell = len(server.asked), 0.005
+    for moment in (100, 300, 500):
+        before = len(server.asked)
+        process = start(tmp_path / "killed", labelled, server.url)
+        while len(server.asked) - asked < moment and process.poll() is None:
+            time.sleep(0.002)
+        process.kill()
+        process.communicate()
+        assert len(server.asked) > before
+    versions, summary = refine(tmp_path / "killed", labelled, server.url)
+    assert versions == whole
+    assert len(server.asked) - asked <= asked + 3 * 8 and summary["ledger"]["outcomes"].get("killed", 0) <= 3 * 8
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda rows: [row | {"label": 1} for row in rows], "both labels"),
+        (lambda rows: rows[:40], "at least 30"),
+        (lambda rows: [*rows[:5], rows[5] | {"label": 2}], ":6"),
+    ],
+)
+def test_labels_that_cannot_decide_are_refused(
+    server: Served, tmp_path: Path, labelled: Path, spoil, told: str
+) -> None:
+    path = tmp_path / "labelled.jsonl"
+    rows = [{k: v for k, v in row.items() if k != "id"} for row in lines(labelled)]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in spoil(rows)), encoding="utf-8")
+    process = start(tmp_path / "run", path, server.url)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and err.count("\n") == 1 and told in err and not server.asked
