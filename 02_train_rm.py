@@ -50,7 +50,7 @@ from common.records import (
 )
 
 OFFLINE = {
-    "bits": 16, "epochs": 1, "learning_rate": 3e-3, "batch_size": 32, "accumulation": 1, "max_length": 256,
+    "bits": 16, "epochs": 2, "learning_rate": 3e-3, "batch_size": 32, "accumulation": 1, "max_length": 256,
     "derived": 2, "checks": 2,
 }  # fmt: skip
 NEAR = 0.9  # cosine of character 2-3-gram TF-IDF vectors from which two texts count as one
