@@ -79,7 +79,6 @@ def parse_args() -> argparse.Namespace:
         "dropped (%(default)s)")  # fmt: skip
     add("--embedding-model", help="retrieve by this sentence-embedding model, not by character TF-IDF")
     add("--examples", type=positive, default=3, help="references shown to the agents (%(default)s)")
-    add("--votes", type=positive, default=1, help="verdicts a candidate, an odd number; the majority counts")
     add("--uses", type=positive, default=2, help="pairs that one candidate may be in (%(default)s)")
     add("--no-retrieval", action="store_true", help="ablation: no references shown")
     add("--no-debate", action="store_true", help="ablation: the Judge hears no debate")
@@ -88,8 +87,6 @@ def parse_args() -> argparse.Namespace:
     llm.add_endpoint_flags(parser)
     add_run_flags(parser)
     args = parse(parser, OFFLINE)
-    if args.votes % 2 == 0:
-        fail("--votes must be odd, or half of the verdicts could stand against the other half")
     if not args.samples and not args.candidates:
         fail("--samples 0 leaves nothing to judge; name files with --candidates")
     return args

@@ -393,7 +393,7 @@ def main(args: argparse.Namespace) -> int:
          "prompts": llm.prompt_hashes([*ROLES, "strategies"], args.prompts),
          "endpoint": llm.endpoint_name(args), "seed": args.seed, "rounds": args.rounds, "patience": args.patience,
          "batch": args.batch, "attacks": args.attacks, "bank": args.bank, "repeat": args.repeat,
-         "attribute": args.attribute, "no_adversary": args.no_adversary,
+         "attribute": args.attribute, "votes": args.votes, "no_adversary": args.no_adversary,
          "no_reflection": args.no_reflection, "no_acceptance": args.no_acceptance},
         args.redo,
     )  # fmt: skip

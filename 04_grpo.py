@@ -236,7 +236,7 @@ def main(args: argparse.Namespace) -> int:
     settings = {key: getattr(args, key) for key in names}
     settings |= {"prompts": llm.prompt_hashes(["policy", "detector"], args.prompts)}
     if args.reward == "judge":
-        settings |= {"endpoint": llm.endpoint_name(args)}
+        settings |= {"endpoint": llm.endpoint_name(args), "votes": args.votes}
     outputs = [name, f"metrics_{args.reward}.jsonl"]
     if args.reward != "none":
         outputs.append(f"rollouts_{args.reward}.jsonl")

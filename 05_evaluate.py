@@ -156,7 +156,7 @@ def ask_agents(args: argparse.Namespace, rows: list[dict]) -> None:
     command += ["--seed", str(args.seed), "--max-similar", "1", "--max-copied", "1"]  # every one is judged
     command += ["--base-url", args.base_url, "--model", args.model, "--api-key-env", args.api_key_env]
     command += ["--concurrency", str(args.concurrency), "--timeout", str(args.timeout)]
-    command += ["--attempts", str(args.attempts)] + ["--offline"] * args.offline
+    command += ["--attempts", str(args.attempts), "--votes", str(args.votes)] + ["--offline"] * args.offline
     done = subprocess.run(command, stdout=subprocess.DEVNULL)
     judgements = folder / "judgements.jsonl"
     if done.returncode not in (0, 3):  # 3: some judgements failed, and stand without a label
@@ -404,7 +404,7 @@ def main(args: argparse.Namespace) -> int:
         args.run, "05_evaluate", ["generations.jsonl", "scores.jsonl", "results.jsonl", "report.html", "report.md"],
         {"queries": file_hash(args.queries), "labelled": file_hash(args.labelled), "base": base, "policies": made,
          "seed": args.seed, "samples": args.samples, "temperature": args.temperature, "max_tokens": args.max_tokens,
-         "bits": args.bits, "batch": args.batch_size_generate, "endpoint": llm.endpoint_name(args),
+         "bits": args.bits, "batch": args.batch_size_generate, "endpoint": llm.endpoint_name(args), "votes": args.votes,
          "principles": file_hash(args.run / "principles.jsonl"), "prompts": llm.prompt_hashes(ROLES, args.prompts),
          "rm": file_hash(args.run / "rm/adapter_model.safetensors")},
         args.redo,

@@ -185,6 +185,13 @@ def address(text: str) -> str:
     return text.rstrip("/")
 
 
+def odd(text: str) -> int:
+    """argparse type: an odd number, or half of the votes could stand against the other half."""
+    if positive(text) % 2 == 0:
+        raise argparse.ArgumentTypeError(f"{text} is even; an odd number always has a majority")
+    return int(text)
+
+
 def add_endpoint_flags(parser) -> None:
     """The flags of every script that talks to the agents' endpoint."""
     group = parser.add_argument_group("agents' endpoint")
@@ -198,6 +205,7 @@ def add_endpoint_flags(parser) -> None:
     )
     group.add_argument("--timeout", type=float, default=120, help="seconds for one attempt (%(default)s)")
     group.add_argument("--attempts", type=positive, default=5, help="attempts at one question (%(default)s)")
+    group.add_argument("--votes", type=odd, default=1, help="verdicts asked for each greeting; the majority counts (1)")
     group.add_argument("--price-in", type=float, default=0.0, help="money for a million prompt tokens")
     group.add_argument("--price-out", type=float, default=0.0, help="money for a million answer tokens")
     group.add_argument(
@@ -622,13 +630,26 @@ async def judge(
 ) -> Verdict:
     """The principle-guided judge: 1 if the response satisfies every principle, else 0, with the reason.
 
-    Asked at temperature 0; further samples, which are votes, at 0.7 unless a temperature is given.
+    Asked at temperature 0. With --votes the first answer is joined by others at 0.7, and the majority counts.
+    `sample` and `temperature` ask the same question anew, once.
 
     Raises:
-        Unusable: the endpoint gave no usable verdict. That is a failure to record, never a verdict.
+        Unusable: the endpoint gave no usable verdict, or no majority. That is a failure to record, never a verdict.
     """
-    usual = 0.7 if sample else 0.0
-    return await client.ask(
-        "detector", Verdict, sample=sample, temperature=usual if temperature is None else temperature,
-        query=query, response=response, principles=principles,
+    asked = {"query": query, "response": response, "principles": principles}
+    votes = 1 if sample else client.args.votes
+    answers = await asyncio.gather(
+        *(
+            client.ask(
+                "detector", Verdict, sample=sample + n, temperature=0.7 if n else temperature or 0.0, **asked
+            )
+            for n in range(votes)
+        ),
+        return_exceptions=True,
     )  # fmt: skip
+    heard = [answer for answer in answers if isinstance(answer, Verdict)]
+    for side in (0, 1):
+        agreeing = [answer for answer in heard if answer.verdict == side]
+        if 2 * len(agreeing) > votes:
+            return agreeing[0]
+    raise next(answer for answer in answers if not isinstance(answer, Verdict))

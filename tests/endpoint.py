@@ -85,7 +85,15 @@ def critic(request: dict) -> Reply:
 def settings(url: str, **changed: object) -> SimpleNamespace:
     """What the client needs of a command line, for this endpoint."""
     usual = {"base_url": url, "model": "m", "api_key_env": "TEST_KEY", "concurrency": 8, "timeout": 30, "attempts": 5}
-    usual |= {"prompts": PROMPTS, "seed": 0, "offline": False, "price_in": 0.0, "price_out": 0.0, "budget": None}
+    usual |= {
+        "prompts": PROMPTS,
+        "seed": 0,
+        "offline": False,
+        "price_in": 0.0,
+        "price_out": 0.0,
+        "budget": None,
+        "votes": 1,
+    }
     return SimpleNamespace(**usual | changed)
 
 

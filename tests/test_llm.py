@@ -340,3 +340,27 @@ def test_a_wrong_key_or_address_shows_before_the_work(
     line = capsys.readouterr().err
     assert end.value.code == 2 and line.count("\n") == 1 and not server.asked and KEY not in line
     assert (url or server.url) in line and remedy in line
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "majority"), [((1, 0, 1), 1), ((0, 0, 1), 0), ((1, None, 1), 1), ((1, None, 0), None)]
+)
+def test_the_majority_of_the_votes_counts(
+    server: Served, tmp_path: Path, verdicts: tuple, majority: int | None
+) -> None:
+    def by_sample(request: dict) -> Reply:
+        verdict = verdicts[request["seed"]]
+        return status(400) if verdict is None else chat(json.dumps({"reason": "好", "verdict": verdict}))
+
+    server.replies[:] = [by_sample]
+
+    async def judging() -> llm.Verdict:
+        async with llm.Client(settings(server.url, votes=3), tmp_path) as client:
+            return await llm.judge(client, "教师节", "老师好。", ["通顺"])
+
+    if majority is None:
+        with pytest.raises(llm.Unusable, match="HTTP 400"):
+            asyncio.run(judging())
+    else:
+        assert asyncio.run(judging()).verdict == majority
+    assert sorted(r["temperature"] for r in server.asked) == [0.0, 0.7, 0.7]
