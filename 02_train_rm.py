@@ -3,7 +3,8 @@
 A Bradley-Terry reward model: the policy's base in 4-bit, a LoRA adapter and a scalar head, trained with TRL so that the
 chosen text scores above the rejected one. A plain one, on pairs in which the longer text wins, loves a greeting pasted
 twice and a word to the reviewer. So for each pair some more are made whose rejected text is a spoilt form of the chosen
-one (SPOILERS), and what is left of the score's slope over length among good texts is taken off (calibration.json).
+one (SPOILERS), and what is left of the score's correlation with length among good texts is taken off, but for a rest
+(calibration.json).
 What the model gets right is shown beside two null baselines ("the longer text wins", a classifier on character
 n-grams), on pairs of nearly equal length, and under attacks in wordings that training never saw (ATTACKS).
 
@@ -139,7 +140,8 @@ def parse_args() -> argparse.Namespace:
     add("--derived", type=int, choices=range(len(SPOILERS) + 1), default=3,
         help="pairs with a spoilt chosen text for each pair; 0: none (%(default)s)")  # fmt: skip
     add("--without", nargs="+", choices=sorted(SPOILERS), default=[], help="kinds of spoilt texts to leave out")
-    add("--no-length-calibration", action="store_true", help="leave the score's slope over length as it is")
+    add("--length-tolerance", type=float, default=0.1, help="correlation of score and length among chosen texts that "
+        "calibration leaves; 1: all of it (%(default)s)")  # fmt: skip
     add("--stress-size", type=positive, default=500, help="test texts that are attacked, at most (%(default)s)")
     add("--rank", type=positive, default=16, help="LoRA rank (%(default)s)")
     add("--learning-rate", type=float, default=2e-4, help="%(default)s")
@@ -320,7 +322,8 @@ def calibrate(args: argparse.Namespace, pairs: list[Preference], base: str) -> m
     """Write rm/calibration.json from at most 1,000 training pairs; returns the model that uses it.
 
     The score's slope over length is that of a straight line through the chosen texts, all of which are good: what is
-    longer among them is not better. Lengths beyond those seen count as the nearest that was.
+    longer among them is not better. As much of it is taken off as brings the correlation down to --length-tolerance.
+    Lengths beyond those seen count as the nearest that was.
     """
     import numpy as np
 
@@ -334,7 +337,11 @@ def calibrate(args: argparse.Namespace, pairs: list[Preference], base: str) -> m
     lengths = np.array([len(p.texts[1]) for p in some])
     shortest, longest = (float(x) for x in np.percentile(lengths, [1, 99]))
     clipped = np.clip(lengths, shortest, longest)
-    slope = float(np.polyfit(clipped, chosen, 1)[0]) if np.ptp(clipped) and not args.no_length_calibration else 0.0
+    slope, left = 0.0, min(args.length_tolerance, 0.999)
+    if np.ptp(clipped) and abs(np.corrcoef(chosen, clipped)[0, 1]) > left:
+        whole, offset = np.polyfit(clipped, chosen, 1)
+        rest = np.std(chosen - whole * clipped - offset)
+        slope = float(whole - np.sign(whole) * left * rest / (np.std(clipped) * math.sqrt(1 - left**2)))
     line = {"slope": slope, "shortest": shortest, "longest": longest}
     both = np.concatenate([
         raw - slope * np.clip([len(p.texts[which]) for p in some], shortest, longest)
@@ -457,7 +464,7 @@ def main(args: argparse.Namespace) -> int:
          "eval": file_hash(args.eval_preferences) if args.eval_preferences else args.eval_share,
          "derived": args.derived, "without": args.without, "rank": args.rank, "learning_rate": args.learning_rate,
          "epochs": args.epochs, "max_length": args.max_length, "batch": args.batch_size * args.accumulation,
-         "calibrated": not args.no_length_calibration, "checks": args.checks, "patience": args.patience,
+         "length_tolerance": args.length_tolerance, "checks": args.checks, "patience": args.patience,
          "random_batches": args.random_batches},
         args.redo,
     )  # fmt: skip

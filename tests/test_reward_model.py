@@ -157,6 +157,35 @@ def test_the_calibration_takes_the_slope_off_and_invites_no_extremes(trained: Pa
     assert 0 < line["shortest"] < line["longest"]
 
 
+@pytest.mark.parametrize("tolerance", [0.0, 0.1, 0.5, 1.0])
+def test_the_calibration_leaves_the_correlation_that_it_is_told_to(
+    tmp_path: Path, monkeypatch, tolerance: float
+) -> None:
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    some = [pair(f"问{n}", "春" * int(rng.integers(10, 90)), "风") for n in range(900)]
+    heads = {p.texts[1]: len(p.texts[1]) * 0.05 + rng.normal() for p in some}
+
+    class Biased(models.RewardModel):
+        def __init__(self, folder: Path, *_: object):
+            path = folder / "calibration.json"
+            nothing = {"mean": 0.0, "std": 1.0, "length": {"slope": 0.0, "shortest": 0, "longest": 0}}
+            self.calibration = json.loads(path.read_text()) if path.is_file() else nothing
+
+        def score_conversations(self, chats: list, batch_size: int = 64) -> list[float]:
+            texts = [chat[-1]["content"] for chat in chats]
+            return [self.calibrated(heads.get(text, 0.0), len(text)) for text in texts]
+
+    monkeypatch.setattr(models, "RewardModel", Biased)
+    (tmp_path / "rm").mkdir()
+    args = Namespace(run=tmp_path, seed=0, bits=16, prompts=None, length_tolerance=tolerance)
+    scores = rm.calibrate(args, some, "base").score_conversations([p.chosen for p in some])
+    lengths = [len(p.texts[1]) for p in some]
+    raw = np.corrcoef([heads[p.texts[1]] for p in some], lengths)[0, 1]
+    assert abs(np.corrcoef(scores, lengths)[0, 1]) == pytest.approx(min(tolerance, raw), abs=0.02)
+
+
 def test_scores_of_a_file_keep_its_order_and_its_keys(trained: Path, tmp_path: Path) -> None:
     rows = [{"query": "教师节", "response": f"老师，{'平安，' * (n % 5)}今日有花。", "mine": n} for n in range(70)]
     write(tmp_path / "some.jsonl", rows)
