@@ -54,7 +54,7 @@ OFFLINE = {
     "bits": 16, "epochs": 2, "learning_rate": 3e-3, "batch_size": 32, "accumulation": 1, "max_length": 256,
     "derived": 2, "checks": 2,
 }  # fmt: skip
-NEAR = 0.9  # cosine of character 2-3-gram TF-IDF vectors from which two texts count as one
+NEAR = 0.95  # cosine of character 2-3-gram TF-IDF vectors from which two texts count as one
 
 
 # ---- spoilt texts: made for training, and in other wordings for the stress suite ------------------------------------

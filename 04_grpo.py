@@ -41,7 +41,7 @@ from common.records import (
 
 OFFLINE = {
     "bits": 16, "sft_epochs": 5, "sft_learning_rate": 2e-3, "learning_rate": 1.5e-3, "samples": 8,
-    "queries_per_step": 12, "mini_batch": 12, "micro_batch": 96, "max_tokens": 48, "steps": 28, "kl": 0.02,
+    "queries_per_step": 18, "mini_batch": 18, "micro_batch": 144, "max_tokens": 48, "steps": 32, "kl": 0.02,
 }  # fmt: skip
 NAMES = {"none": "policy_sft", "rm": "policy_rm", "judge": "policy_judge"}
 
