@@ -33,7 +33,7 @@ def run(tmp_path_factory) -> Path:
     queries, heldout = folder.parent / "queries.jsonl", folder.parent / "heldout.jsonl"
     steps: list[tuple] = [
         ("01_curate_preferences.py", "--queries", queries, "--samples", 6),
-        ("02_train_rm.py", "--epochs", 1),
+        ("02_train_rm.py", "--epochs", 1, "--stress-size", 20),
         ("03_refine_judge.py", "--rounds", 3),
         ("04_grpo.py", "--reward", "none", "--sft-epochs", 1),
         ("04_grpo.py", "--reward", "rm", "--steps", 2, "--queries", queries),

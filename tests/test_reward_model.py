@@ -39,7 +39,7 @@ def trained(pairs: list[Preference], tmp_path_factory) -> Path:
     """The folder of a short run on these pairs."""
     run = tmp_path_factory.mktemp("rm")
     write(run / "preferences.jsonl", pairs)
-    done = run_script(SCRIPT, "--offline", "--run", run, "--checks", 4)
+    done = run_script(SCRIPT, "--offline", "--run", run, "--checks", 4, "--stress-size", 20)
     assert done.returncode == 0, done.stderr
     return run
 
@@ -200,7 +200,7 @@ def test_scores_of_a_file_keep_its_order_and_its_keys(trained: Path, tmp_path: P
 
 
 def test_a_killed_training_goes_on_from_its_checkpoint(trained: Path, tmp_path: Path) -> None:
-    flags = ["--offline", "--run", str(tmp_path), "--checks", "8"]
+    flags = ["--offline", "--run", str(tmp_path), "--checks", "8", "--derived", "1", "--stress-size", "20"]
     (tmp_path / "preferences.jsonl").write_bytes((trained / "preferences.jsonl").read_bytes())
     process = subprocess.Popen([sys.executable, SCRIPT, *flags], cwd=ROOT, stderr=subprocess.DEVNULL)
     while process.poll() is None and len(list(tmp_path.glob("rm_checkpoints/checkpoint-*/trainer_state.json"))) < 2:
