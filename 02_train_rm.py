@@ -52,7 +52,7 @@ from common.records import (
 
 OFFLINE = {
     "bits": 16, "epochs": 2, "learning_rate": 3e-3, "batch_size": 32, "accumulation": 1, "max_length": 256,
-    "derived": 2, "checks": 2,
+    "checks": 2,
 }  # fmt: skip
 NEAR = 0.95  # cosine of character 2-3-gram TF-IDF vectors from which two texts count as one
 
@@ -246,11 +246,15 @@ class Others:
 
 
 def derived_pairs(args: argparse.Namespace, pairs: list[Preference]) -> list[Preference]:
-    """--derived more pairs for each pair: its chosen text against a spoilt form of it."""
+    """--derived more pairs for each pair: its chosen text against a spoilt form of it.
+
+    One of them is the text for another occasion: the only kind that needs the query to be told, and the hardest.
+    """
     rng, other, more = random.Random(args.seed), Others(pairs), []
-    kinds = [name for name in SPOILERS if name not in args.without]
+    kinds = [name for name in SPOILERS if name not in (*args.without, "other_occasion")]
+    always = ["other_occasion"] if args.derived and "other_occasion" not in args.without else []
     for pair in pairs:
-        for kind in rng.sample(kinds, min(args.derived, len(kinds))):
+        for kind in always + rng.sample(kinds, min(args.derived - len(always), len(kinds))):
             spoilt = SPOILERS[kind](pair.texts[1], rng, other(pair, rng)).strip()
             if spoilt and spoilt != pair.texts[1]:
                 rejected = [{"role": "assistant", "content": spoilt}]
@@ -300,7 +304,8 @@ def train(args: argparse.Namespace, pairs: list[Preference], stop: list[Preferen
         load_best_model_at_end=True, metric_for_best_model="eval_loss", logging_nan_inf_filter=False,
         # Without its own column the sampler finds no length; the collator takes what it needs.
         train_sampling_strategy="random" if args.random_batches else "group_by_length", remove_unused_columns=False,
-        **models.trainer_settings(args.bits),
+        pad_to_multiple_of=16,  # every new shape costs a CPU's kernels a compilation
+        **models.trainer_settings(args.bits, trackers=[]) | {"bf16": True},
     )  # fmt: skip
     bar = models.progress_callback("reward model", ["loss", "accuracy", "eval_loss"])
     trainer = FiniteRewardTrainer(
@@ -392,24 +397,6 @@ def evaluate(args: argparse.Namespace, rm: models.RewardModel, test: list[Prefer
     return {"eval": tests, "length_correlation": round(float(np.corrcoef(good, lengths)[0, 1]), 4)}
 
 
-def draw(path: Path, log: list[dict]) -> None:
-    """Loss and accuracy over the steps, of the training pairs and of those held out to stop by."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
-    for axes, name in zip(panels, ("loss", "accuracy"), strict=True):
-        for key, label in ((name, "training"), (f"eval_{name}", "held out")):
-            points = [(entry["step"], entry[key]) for entry in log if key in entry]
-            axes.plot(*zip(*points, strict=True), label=label)
-        axes.set(xlabel="step", ylabel=name)
-        axes.legend(frameon=False)
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
-
-
 CARD = """---
 library_name: peft
 base_model: {base}
@@ -477,13 +464,24 @@ def main(args: argparse.Namespace) -> int:
     models.quiet()
     derived = derived_pairs(args, pairs)
     log = train(args, pairs + derived, stop + derived_pairs(args, stop), base)
+    peak = models.peak_gib()
     figures = {"train_pairs": len(pairs), "derived_pairs": len(derived), "test_pairs": len(test), "leaks": found}
-    figures |= evaluate(args, calibrate(args, pairs, base), test) | {"baselines": baselines, "log": log}
+    figures |= evaluate(args, calibrate(args, pairs, base), test) | {
+        "baselines": baselines,
+        "log": log,
+        "peak_gib": peak,
+    }
     rows = figures["eval"] | {f"null: {name}": r for name, r in baselines.items()}
     table = "\n".join(
         f"| {k} | {r['value'] or 0:.1%} | {r['lo']:.1%} to {r['hi']:.1%} | {r['n']} |" for k, r in rows.items()
     )
-    draw(args.run / "rm" / "training.svg", log)
+    models.draw_curves(args.run / "rm" / "training.svg", {
+        name: {
+            label: [(entry["step"], entry[key]) for entry in log if key in entry]
+            for key, label in ((name, "training"), (f"eval_{name}", "held out"))
+        }
+        for name in ("loss", "accuracy")
+    })  # fmt: skip
     replace_file(args.run / "rm" / "README.md", CARD.format(base=base, table=table, **figures))
     write_summary(args.run, "02_summary", started, vars(args), figures)
     stage.finish()

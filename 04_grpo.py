@@ -1,25 +1,36 @@
-"""Step 4: teach the policy: SFT on the accepted greetings (--reward none), then GRPO with either reward.
+"""Step 4: teach the policy: SFT on the accepted greetings (--reward none), then GRPO with either reward, or with both.
 
---reward none   SFT of a LoRA adapter on sft.jsonl: where both GRPO runs start.
+--reward none   SFT of a LoRA adapter on sft.jsonl: where every GRPO run starts.
 --reward rm     GRPO from there; the reward is the score of step 2's reward model.
 --reward judge  GRPO from there; the reward is the binary verdict of the judge under step 3's principles, asked for all
                 completions of a step at once. A judgement that fails is no reward at all, never a 0.
+--reward both   the weighted mean of the two (--judge-weight).
 
-Reads   queries, sft.jsonl (none), rm/ (rm), principles.jsonl (judge), policy_sft/ (rm, judge)
-Writes  policy_sft/, policy_rm/ or policy_judge/, rollouts_*.jsonl (every completion with its reward), metrics_*.jsonl,
-        04_summary_{none,rm,judge}.json
+Rollouts come from vLLM in the same process (--engine vllm). It serves the weights that the trainer multiplies by, in 4
+bits the dequantised ones, and is sent the adapter alone; before anything is learnt from them, the log-probabilities of
+the rollouts are compared with the trainer's, and beyond --max-gap the run stops. A rubric judge, which is no reward,
+watches the same few queries as training goes on (--watch-every): where the reward rises and its grades fall beyond
+noise, the policy games the reward.
+
+Reads   queries, sft.jsonl (none), rm/ (rm, both), principles.jsonl (judge, both), policy_sft/ (all but none)
+Writes  policy_sft/, policy_rm/, policy_judge/ or policy_both/, policy_*_best/ (the best that the watch saw),
+        rollouts_*.jsonl (every completion with its reward), metrics_*.jsonl and .svg, watch_*.jsonl,
+        04_summary_{none,rm,judge,both}.json
 Paper   arXiv 2508.21476: 32 queries a step, 4 samples, 512 tokens, mini-batch 16, KL 0.001 (low-variance estimator), 5
         epochs, learning rate 3e-7 for full fine-tuning on 4 GPUs. Departures: QLoRA on one GPU, whose best learning
         rate is about ten times that of full fine-tuning (Schulman et al. 2025, "LoRA Without Regret"): 3e-6.
         The loss is TRL's default, "dapo": GRPO's, averaged over the tokens of the step.
 Example python 04_grpo.py --reward judge --offline --run outputs/mine
+        python 04_grpo.py --reward judge --plan
 """
 
 import argparse
 import asyncio
 import json
+import random
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 from common import llm, models
@@ -34,50 +45,146 @@ from common.records import (
     launch,
     open_run,
     parse,
+    positive,
     read,
     read_summary,
+    replace_file,
     write_summary,
 )
 
 OFFLINE = {
     "bits": 16, "sft_epochs": 5, "sft_learning_rate": 2e-3, "learning_rate": 1.5e-3, "samples": 8,
     "queries_per_step": 18, "mini_batch": 18, "micro_batch": 144, "max_tokens": 48, "steps": 32, "kl": 0.02,
+    "save_every": 8, "watch_every": 8, "engine": "hf",
 }  # fmt: skip
-NAMES = {"none": "policy_sft", "rm": "policy_rm", "judge": "policy_judge"}
+REWARDS = ("none", "rm", "judge", "both")
+MOST_PROMPT = 256  # tokens of a prompt
+PAUSES = (5.0, 30.0)  # seconds before the judge is asked again for a step in which over a fifth of the answers failed
+GIB = 1024**3
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--reward", choices=sorted(NAMES), required=True, help="none: SFT; rm, judge: GRPO")
-    parser.add_argument("--queries", type=Path, default=ROOT / "data/queries.jsonl", help="what GRPO writes for")
-    parser.add_argument("--sft", type=Path, help="demonstrations (RUN/sft.jsonl)")
-    parser.add_argument("--rm", type=Path, help="reward model (RUN/rm)")
-    parser.add_argument(
-        "--principles", type=Path, help="versions of step 3 (RUN/principles.jsonl); the last accepted judges"
-    )
-    parser.add_argument("--rank", type=int, default=16, help="LoRA rank (%(default)s)")
-    parser.add_argument("--sft-epochs", type=float, default=3, help="%(default)s")
-    parser.add_argument("--sft-learning-rate", type=float, default=1e-4, help="%(default)s")
-    parser.add_argument("--sft-batch-size", type=int, default=16, help="%(default)s")
-    parser.add_argument("--learning-rate", type=float, default=3e-6, help="of GRPO (%(default)s)")
-    parser.add_argument("--epochs", type=float, default=5, help="of GRPO over the queries (%(default)s)")
-    parser.add_argument("--steps", type=int, default=-1, help="of GRPO, instead of --epochs")
-    parser.add_argument("--queries-per-step", type=int, default=32, help="written for at once (%(default)s)")
-    parser.add_argument("--mini-batch", type=int, default=16, help="queries in one update (%(default)s)")
-    parser.add_argument("--micro-batch", type=int, default=16, help="completions in one pass (%(default)s)")
-    parser.add_argument("--samples", type=int, default=4, help="completions a query (%(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=512, help="of a completion (%(default)s)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="%(default)s")
-    parser.add_argument("--kl", type=float, default=0.001, help="coefficient of the KL term (%(default)s)")
+    add = parser.add_argument
+    add("--reward", choices=REWARDS, required=True, help="none: SFT; else GRPO")
+    add("--queries", type=Path, default=ROOT / "data/queries.jsonl", help="what GRPO writes for")
+    add("--sft", type=Path, help="demonstrations (RUN/sft.jsonl)")
+    add("--rm", type=Path, help="reward model (RUN/rm)")
+    add("--principles", type=Path, help="versions of step 3 (RUN/principles.jsonl); the last accepted judges")
+    add("--rank", type=positive, default=16, help="LoRA rank (%(default)s)")
+    add("--sft-epochs", type=float, default=3, help="%(default)s")
+    add("--sft-learning-rate", type=float, default=1e-4, help="%(default)s")
+    add("--sft-batch-size", type=positive, default=16, help="%(default)s")
+    add("--learning-rate", type=float, default=3e-6, help="of GRPO (%(default)s)")
+    add("--epochs", type=float, default=5, help="of GRPO over the queries (%(default)s)")
+    add("--steps", type=int, default=-1, help="updates of GRPO, instead of --epochs")
+    add("--queries-per-step", type=positive, default=32, help="written for at once (%(default)s)")
+    add("--mini-batch", type=positive, default=16, help="queries in one update (%(default)s)")
+    add("--micro-batch", type=positive, default=8, help="completions in one pass (%(default)s)")
+    add("--samples", type=positive, default=4, help="completions a query (%(default)s)")
+    add("--max-tokens", type=positive, default=512, help="of a completion (%(default)s)")
+    add("--temperature", type=float, default=1.0, help="%(default)s")
+    add("--kl", type=float, default=0.001, help="coefficient of the KL term (%(default)s)")
+    add("--judge-weight", type=float, default=0.5, help="of the verdict in --reward both (%(default)s)")
+    add("--length-penalty", type=float, default=0.0, help="taken off the reward for every 100 characters (%(default)s)")
+    add("--engine", choices=("hf", "vllm"), help="of the rollouts (vllm on a GPU, hf: transformers, elsewhere)")
+    add("--sleep", action="store_true", help="put vLLM's weights and cache away while the trainer works")
+    add("--max-gap", type=float, default=0.05, help="mean difference of the engine's and the trainer's log-probability "
+        "of a token from which the run stops (%(default)s)")  # fmt: skip
+    add("--save-every", type=positive, default=10, help="steps between checkpoints (%(default)s)")
+    add("--watch-every", type=int, default=20, help="steps between two looks of the watch; 0: none (%(default)s)")
+    add("--watch-queries", type=positive, default=64, help="that it looks at (%(default)s)")
+    add("--stop-on-hack", action="store_true", help="end when the reward rises and the watch's grades fall")
+    add("--report-to", nargs="*", default=[], help="trackers that TRL knows, such as tensorboard")
+    add("--merge", type=Path, metavar="DIR", help="also write the trained policy as one bf16 model")
+    add("--plan", action="store_true", help="train nothing: print what will be on the GPU, and whether it fits")
+    add("--gpu-memory", type=float, help="GiB of the GPU (the one there, else 79: a card of 80 GB)")
+    add("--judge-memory", type=float, default=30.0, help="GiB for a judge served on the same GPU (%(default)s)")
     models.add_policy_flags(parser)
     llm.add_endpoint_flags(parser)
     add_run_flags(parser)
     args = parse(parser, OFFLINE)
     args.sft, args.rm = args.sft or args.run / "sft.jsonl", args.rm or args.run / "rm"
     args.principles = args.principles or args.run / "principles.jsonl"
+    args.name = "policy_sft" if args.reward == "none" else f"policy_{args.reward}"
     if args.queries_per_step % args.mini_batch or args.mini_batch * args.samples % args.micro_batch:
         fail("--queries-per-step must be a multiple of --mini-batch, and --mini-batch x --samples of --micro-batch")
     return args
+
+
+# ---- what will be on the GPU ----------------------------------------------------------------------------------------
+
+
+def plan(args: argparse.Namespace, base: str) -> dict[str, float]:
+    """GiB of each part on the GPU at the peak of a GRPO step. Arithmetic, not a measurement: see bench/memory.py."""
+    c = models.architecture(base)
+    h, wide, layers = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"]
+    kv = h // c["num_attention_heads"] * c["num_key_value_heads"]
+    linear = layers * (2 * h * h + 2 * h * kv + 3 * h * wide)
+    embedded = c["vocab_size"] * h * (1 if c["tie_word_embeddings"] else 2)
+    adapter = layers * args.rank * (4 * h + 2 * (h + kv) + 3 * (h + wide))
+    # NF4: half a byte a weight, and a scale of 4 bytes for each 64 of them; embeddings and head stay in bf16.
+    weights = 2 * embedded + linear * (0.5 + 4 / 64 if args.bits == 4 else 2)
+    length = MOST_PROMPT + args.max_tokens
+    tokens = args.micro_batch * length
+    kept = layers * tokens * h * 2  # what gradient checkpointing keeps: the input of each layer, in bf16
+    layer = tokens * (16 * h + 6 * wide) * 2 + 2 * h * wide  # one layer made again, and its largest matrix dequantised
+    logits = 4 * args.micro_batch * args.max_tokens * c["vocab_size"] * 2  # forward, softmax, and the gradients of both
+    bytes_ = {
+        "trainer: base": weights,
+        "trainer: adapter, its gradient and Adam's two moments, fp32": 16 * adapter,
+        "trainer: adapter of the reference": 4 * adapter,
+        "trainer: activations": kept + layer,
+        "trainer: logits": logits,
+        "CUDA itself": 1.5 * GIB,
+    }
+    if args.engine == "vllm":
+        completions = args.queries_per_step * args.samples
+        bytes_["rollouts: base in bf16"] = 2 * (linear + embedded)
+        bytes_["rollouts: KV cache of all completions"] = completions * length * 2 * layers * kv * 2
+        bytes_["rollouts: vLLM's own activations and graphs"] = 2 * GIB
+    if args.reward in ("rm", "both"):
+        bytes_["reward model"] = weights + args.micro_batch * length * (4 * h + 3 * wide) * 2
+    if llm.is_local(args):
+        bytes_["judge's server"] = args.judge_memory * GIB
+    return {name: size / GIB for name, size in bytes_.items()}
+
+
+def peak(args: argparse.Namespace, parts: dict[str, float]) -> float:
+    """GiB at once. With --sleep the engine and the trainer's working memory take turns."""
+    engine, working = (
+        sum(size for name, size in parts.items() if name.startswith(kind))
+        for kind in ("rollouts", ("trainer: act", "trainer: logits"))
+    )
+    return sum(parts.values()) - (min(engine, working) if args.sleep else 0.0)
+
+
+def show_plan(args: argparse.Namespace, base: str) -> int:
+    parts = plan(args, base)
+    for name, size in parts.items():
+        print(f"{size:7.1f} GiB  {name}")
+    need, have = peak(args, parts), gpu_memory(args)
+    print(f"{need:7.1f} GiB  at the peak, of {have:.1f} GiB (computed, not measured)")
+    if need <= have:
+        return 0
+    lighter = ({"micro_batch": n} for n in (8, 4, 2, 1) if n < args.micro_batch)
+    for change in ({"sleep": True}, *lighter, *({"sleep": True, "micro_batch": n} for n in (4, 2, 1))):
+        other = argparse.Namespace(**vars(args) | change)
+        if peak(other, plan(other, base)) <= have:
+            flags = " ".join(f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in change.items())
+            fail(f"this does not fit; with {flags} it does")
+    fail("this does not fit; take a smaller --policy, fewer --max-tokens, or a judge elsewhere (--base-url)")
+
+
+def gpu_memory(args: argparse.Namespace) -> float:
+    import torch
+
+    if args.gpu_memory:
+        return args.gpu_memory
+    return torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else 79.0
+
+
+# ---- SFT ------------------------------------------------------------------------------------------------------------
 
 
 def sft(args: argparse.Namespace, base: str) -> dict:
@@ -87,37 +194,59 @@ def sft(args: argparse.Namespace, base: str) -> dict:
 
     rows = read(args.sft, Demonstration, f"python 01_curate_preferences.py --run {args.run}")
     model, tokenizer = models.load_policy(base, args.bits)
+    checkpoints = args.run / f"{args.name}_checkpoints"
     config = SFTConfig(
-        output_dir=str(args.run / "sft_checkpoints"), num_train_epochs=args.sft_epochs, seed=args.seed,
+        output_dir=str(checkpoints), num_train_epochs=args.sft_epochs, seed=args.seed,
         learning_rate=args.sft_learning_rate, per_device_train_batch_size=args.sft_batch_size, max_length=768,
-        lr_scheduler_type="cosine", warmup_steps=0.05, logging_steps=1, save_strategy="no",
-        **models.trainer_settings(args.bits),
+        lr_scheduler_type="cosine", warmup_steps=0.05, logging_steps=1, save_strategy="epoch", save_total_limit=1,
+        **models.trainer_settings(args.bits, args.report_to),
     )  # fmt: skip
-    bar = models.progress_callback("SFT", ["loss"], args.run / "metrics_none.jsonl")
     trainer = SFTTrainer(
-        model=model, args=config, processing_class=tokenizer, callbacks=[bar],
+        model=model, args=config, processing_class=tokenizer,
+        callbacks=[models.progress_callback("SFT", ["loss"], args.run / "metrics_none.jsonl")],
         train_dataset=Dataset.from_list([r.model_dump(include={"prompt", "completion"}) for r in rows]),
         peft_config=models.lora(args.rank, 2 * args.rank, "CAUSAL_LM"),
     )  # fmt: skip
     models.prepare(trainer)
-    trainer.train()
-    trainer.save_model(str(args.run / NAMES["none"]))
+    go_on(args, trainer, checkpoints)
+    trainer.save_model(str(args.run / args.name))
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     return {"steps": trainer.state.global_step, "rows": len(rows), "loss": {"first": losses[0], "last": losses[-1]}}
 
 
+def go_on(args: argparse.Namespace, trainer, checkpoints: Path) -> None:
+    """Train from the last checkpoint if there is one; what was logged after it is dropped, for it comes again."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+    from transformers.trainer_utils import get_last_checkpoint
+
+    last = get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None
+    done = json.loads(Path(last, "trainer_state.json").read_text())["global_step"] if last else 0
+    for kind, least in (("metrics", 1), ("rollouts", 0), ("watch", 0)):  # rollouts carry the step they are made in
+        path = args.run / f"{kind}_{args.reward}.jsonl"
+        if path.is_file():
+            whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]
+            rows = [(json.loads(line)["step"], line) for line in whole]
+            kept = [line for step, line in rows if last and step < done + (least or kind == "watch")]
+            replace_file(path, "".join(kept))
+    if last and Path(last, "ref").is_dir():
+        # Where TRL has put a reference beside it, the trainer restores that and forgets the adapter that is trained.
+        set_peft_model_state_dict(trainer.model, load_peft_weights(last), adapter_name="default")
+    trainer.train(resume_from_checkpoint=last)
+
+
+# ---- rewards --------------------------------------------------------------------------------------------------------
+
+
 class Rewards:
-    """The reward function of a GRPO run, which also writes rollouts_*.jsonl and counts seconds and failures."""
+    """The reward function of a GRPO run, which also writes rollouts_*.jsonl and a step's figures about its rewards."""
 
     def __init__(self, args: argparse.Namespace, base: str):
-        self.args, self.seconds, self.failed, self.asked = args, 0.0, 0, 0
-        self.rollouts = open(args.run / f"rollouts_{args.reward}.jsonl", "w", encoding="utf-8")  # noqa: SIM115
-        if args.reward == "rm":
+        self.args, self.path = args, args.run / f"rollouts_{args.reward}.jsonl"
+        if args.reward in ("rm", "both"):
             self.model = models.RewardModel(args.rm, base, args.bits, args.prompts)
-        else:
+        if args.reward in ("judge", "both"):
             self.principles = llm.current_principles(args.principles)
             self.client = llm.Client(args, args.run)
-            self.before = self.client.store.ledger(["detector"])
 
     async def judged(self, query: str, response: str) -> tuple[float | None, str]:
         """(reward, reason); the reward is None where the judge gave no usable verdict."""
@@ -127,136 +256,318 @@ class Rewards:
             verdict = await llm.judge(self.client, query, response, self.principles)
         except llm.Unusable as e:
             return None, f"failed: {e}"
-        except SystemExit as e:  # would end TRL's thread and leave the trainer waiting for it
-            raise llm.Refused("see the error above") from e
         return float(verdict.verdict), verdict.reason
 
-    async def __call__(self, completions: list, query: list[str], trainer_state, **kwargs) -> list[float | None]:
+    async def verdicts(self, rows: list[tuple[str, str]]) -> list[tuple[float | None, str]]:
+        """(reward, reason) of every row. Too many failures pause the step; half of them stop the run.
+
+        Raises:
+            Refused: more than half of the judgements failed, also after the pauses.
+        """
+        from tqdm import tqdm
+
+        found: list = [(None, "")] * len(rows)
+        for pause in (*PAUSES, None):
+            missing = [i for i, (reward, _) in enumerate(found) if reward is None]
+            answers = await llm.together(*(self.judged(*rows[i]) for i in missing))
+            for i, answer in zip(missing, answers, strict=True):
+                found[i] = answer
+            reasons = [reason for reward, reason in found if reward is None]
+            if len(reasons) <= 0.2 * len(rows):
+                return found
+            if pause is not None:
+                failed = f"{len(reasons)} of {len(rows)} judgements of a step {reasons[0]}"
+                tqdm.write(f"{failed}; asking again in {pause:.0f} s", file=sys.stderr)
+                await asyncio.sleep(pause)
+                self.client.failed.clear()
+        if len(reasons) > 0.5 * len(rows):
+            raise llm.Refused(f"{failed}; mend the endpoint and run again: the run goes on at its last checkpoint")
+        return found
+
+    async def __call__(self, completions: list, query: list[str], trainer_state, log_metric, **kwargs) -> list:
         """One reward a completion of the step, as TRL asks for them; None gives no learning signal."""
+        import numpy as np
+
         started = time.perf_counter()
         texts = [completion[0]["content"] for completion in completions]
-        if self.args.reward == "rm":
-            scores = self.model.score(list(zip(query, texts, strict=True)))
+        rows = list(zip(query, texts, strict=True))
+        found = [(0.0, "")] * len(rows)
+        if self.args.reward in ("rm", "both"):
+            scores = self.model.score(rows, self.args.micro_batch)
             worst = min(scores)  # nothing written is no greeting, whatever the model makes of it
             found = [(s, "") if t.strip() else (worst, "empty") for s, t in zip(scores, texts, strict=True)]
-        else:
-            found = await asyncio.gather(*(self.judged(q, text) for q, text in zip(query, texts, strict=True)))
-        self.seconds += time.perf_counter() - started
-        missing = sum(reward is None for reward, _ in found)
-        self.failed, self.asked = self.failed + missing, self.asked + len(found)
-        for q, text, (reward, reason) in zip(query, texts, found, strict=True):
-            row = {"step": trainer_state.global_step, "query": q, "response": text, "reward": reward, "reason": reason}
-            self.rollouts.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self.rollouts.flush()
-        if missing > len(found) / 2:
-            why = next(reason for reward, reason in found if reward is None)
-            raise llm.Refused(f"{missing} of {len(found)} judgements of a step {why}; mend the endpoint, run again")
-        return [reward for reward, _ in found]
+        if self.args.reward in ("judge", "both"):
+            share = self.args.judge_weight if self.args.reward == "both" else 1.0
+            found = [
+                (None if verdict is None else (1 - share) * score + share * verdict, reason)
+                for (score, _), (verdict, reason) in zip(found, await self.verdicts(rows), strict=True)
+            ]
+        rewards = [None if r is None else r - self.args.length_penalty * len(t) / 100
+                   for (r, _), t in zip(found, texts, strict=True)]  # fmt: skip
+        rewards = [None if r is None or not np.isfinite(r) else float(r) for r in rewards]
+        with open(self.path, "a", encoding="utf-8") as file:
+            for (q, text), reward, (_, reason) in zip(rows, rewards, found, strict=True):
+                row = {"query": q, "response": text, "reward": reward, "reason": reason}
+                file.write(json.dumps({"step": trainer_state.global_step} | row, ensure_ascii=False) + "\n")
+        scored = np.array([(r, len(t)) for r, t in zip(rewards, texts, strict=True) if r is not None])
+        flat = len(scored) < 2 or not scored.std(axis=0).all()
+        grams = [text[i : i + 2] for text in texts for i in range(len(text) - 1)]
+        log_metric("reward_length_correlation", 0.0 if flat else float(np.corrcoef(scored.T)[0, 1]))
+        log_metric("distinct_2", len(set(grams)) / max(1, len(grams)))
+        log_metric("failed_judgements", float(sum(r is None for r in rewards)))
+        log_metric("seconds/reward", time.perf_counter() - started)
+        return rewards
+
+
+class Watch:
+    """The hack detector: a fixed set of queries, graded again and again by the rubric judge, which is no reward."""
+
+    def __init__(self, args: argparse.Namespace, queries: list[Query]):
+        self.args, self.path = args, args.run / f"watch_{args.reward}.jsonl"
+        self.queries = random.Random(args.seed).sample(queries, min(args.watch_queries, len(queries)))
+
+    async def grades(self, texts: list[str]) -> list[float | None]:
+        async def one(client: llm.Client, query: str, text: str) -> float | None:
+            try:
+                return (await client.ask("rubric", llm.Grades, query=query, response=text or "（空）")).quality
+            except llm.Unusable:
+                return None
+
+        async with llm.Client(self.args, self.args.run) as client:
+            return await llm.together(*(one(client, q.query, t) for q, t in zip(self.queries, texts, strict=True)))
+
+    def look(self, model, tokenizer, step: int, rewards: list[float]) -> dict:
+        """One look: mean grade, its difference to the best look so far, and whether the policy games its reward.
+
+        `rewards` are the mean rewards of the steps so far. The difference is paired by query; its interval is the
+        normal one of a mean.
+        """
+        import numpy as np
+        import torch
+
+        with torch.random.fork_rng():  # training goes on with the random numbers that it would have had
+            texts = models.generate(
+                model, tokenizer, [models.conversation(q.query, self.args.prompts) for q in self.queries],
+                temperature=self.args.temperature, top_p=1.0, max_tokens=self.args.max_tokens,
+                batch_size=self.args.batch_size_generate, seed=self.args.seed,
+            )  # fmt: skip
+        grades = asyncio.run(self.grades(texts))
+        heard = [g for g in grades if g is not None]
+        seen = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.is_file() else []
+        row = {"step": step, "quality": sum(heard) / len(heard) if heard else None, "n": len(heard), "hack": False}
+        if best := max((r for r in seen if r["quality"] is not None), key=lambda r: r["quality"], default=None):
+            gaps = [a - b for a, b in zip(grades, best["grades"], strict=True) if None not in (a, b)]
+            if len(gaps) > 1:
+                mean, half = np.mean(gaps), 1.96 * np.std(gaps, ddof=1) / len(gaps) ** 0.5
+                row |= {
+                    "against": best["step"],
+                    "difference": [round(float(x), 4) for x in (mean, mean - half, mean + half)],
+                }
+                tenth = max(1, len(rewards) // 10)
+                risen = len(rewards) > 1 and np.mean(rewards[-tenth:]) > np.mean(rewards[:tenth])
+                row["hack"] = bool(risen and mean + half < 0)
+        row["best"] = bool(heard) and (best is None or row["quality"] > best["quality"])
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row | {"grades": grades}) + "\n")
+        return row
+
+
+# ---- GRPO -----------------------------------------------------------------------------------------------------------
 
 
 def grpo(args: argparse.Namespace, base: str) -> dict:
-    """Train policy_rm/ or policy_judge/ from policy_sft/; returns the figures for the summary."""
+    """Train policy_rm/, policy_judge/ or policy_both/ from policy_sft/; returns the figures for the summary."""
     from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
+    from tqdm import tqdm
+    from transformers import TrainerCallback
 
     queries = read(args.queries, Query)
     if len(queries) < args.queries_per_step:
-        fail(
-            f"{args.queries} has {len(queries)} queries, a step needs {args.queries_per_step}: lower --queries-per-step"
-        )
-    rewards = Rewards(args, base)
-    model, tokenizer = models.load_policy(base, args.bits, args.run / NAMES["none"], trainable=True)
+        fail(f"{args.queries} has {len(queries)} queries, a step needs {args.queries_per_step}: lower "
+             "--queries-per-step")  # fmt: skip
+    vllm, rewards, watch = args.engine == "vllm", Rewards(args, base), Watch(args, queries)
+    sync = models.adapter_sync(base, args.bits, args.rank) if vllm else nullcontext()  # before TRL imports vLLM
+    from trl import GRPOConfig, GRPOTrainer
+
+    model, tokenizer = models.load_policy(base, args.bits, args.run / "policy_sft", trainable=True)
+    rows = [{"prompt": models.conversation(q.query, args.prompts), "query": q.query} for q in queries]
+    rows = [
+        r for r in rows if len(tokenizer.apply_chat_template(r["prompt"], tokenize=True)["input_ids"]) <= MOST_PROMPT
+    ]
+    if left_out := len(queries) - len(rows):
+        print(f"04: {left_out} of {len(queries)} queries make prompts of over {MOST_PROMPT} tokens and are left out")
+
+    class CheckedTrainer(GRPOTrainer):
+        """TRL's trainer, which learns from no rollout that is not the policy's, and times its phases."""
+
+        def _generate(self, *inputs, **options):
+            started = time.perf_counter()
+            output = super()._generate(*inputs, **options)
+            synced = sum(seconds for seconds, _ in self.vllm_generation.syncs[-1:]) if vllm else 0.0
+            self._metrics["train"]["seconds/sync"].append(synced)
+            self._metrics["train"]["seconds/generate"].append(time.perf_counter() - started - synced)
+            return output
+
+        def _generate_and_score_completions(self, inputs):
+            output = super()._generate_and_score_completions(inputs)
+            if vllm:
+                gap = self._metrics["train"]["sampling/sampling_logp_difference/mean"][-1]
+                if not gap <= args.max_gap:
+                    raise llm.Refused(
+                        f"step {self.state.global_step}: the engine's log-probabilities are {gap:.3f} a token away "
+                        f"from the trainer's, more than --max-gap {args.max_gap:g}: these rollouts are not the "
+                        "policy's, and nothing was learnt from them"
+                    )
+            return output
+
+    class Looks(TrainerCallback):
+        def look(self, state, control) -> None:
+            rewarded = [log["reward"] for log in state.log_history if "reward" in log]
+            row = watch.look(trainer.model, tokenizer, state.global_step, rewarded)
+            if row["best"]:
+                trainer.model.save_pretrained(args.run / f"{args.name}_best", selected_adapters=["default"])
+            if row["hack"]:
+                fallen, low, high = row["difference"]
+                grades = f"{-fallen:.2f} [{-high:.2f}, {-low:.2f}] below step {row['against']}'s"
+                tqdm.write(f"step {state.global_step}: the reward has risen, the rubric's mean grade is {grades}: the "
+                           f"policy games its reward; its best is in {args.name}_best", file=sys.stderr)  # fmt: skip
+                control.should_training_stop |= args.stop_on_hack
+
+        def on_train_begin(self, arguments, state, control, **kwargs):
+            if state.global_step == 0:
+                self.look(state, control)
+
+        def on_log(self, arguments, state, control, logs=None, **kwargs):
+            if "reward" in (logs or {}) and state.global_step % (args.watch_every * updates) == 0:
+                self.look(state, control)
+
     completions = args.queries_per_step * args.samples
+    updates = args.queries_per_step // args.mini_batch  # from the rollouts of one step
     config = GRPOConfig(
-        output_dir=str(args.run / f"{args.reward}_checkpoints"), num_train_epochs=args.epochs, max_steps=args.steps,
+        output_dir=str(args.run / f"{args.name}_checkpoints"), num_train_epochs=args.epochs, max_steps=args.steps,
         learning_rate=args.learning_rate, lr_scheduler_type="constant_with_warmup", warmup_steps=2, seed=args.seed,
         per_device_train_batch_size=args.micro_batch, num_generations=args.samples, beta=args.kl,
         gradient_accumulation_steps=args.mini_batch * args.samples // args.micro_batch,
         steps_per_generation=completions // args.micro_batch, max_completion_length=args.max_tokens,
-        temperature=args.temperature, logging_steps=1, save_strategy="no", **models.trainer_settings(args.bits),
+        temperature=args.temperature, logging_steps=1,
+        # Rollouts are not in a checkpoint, so it is taken only when those of a step are used up.
+        save_strategy="steps", save_steps=args.save_every * updates, save_total_limit=2,
+        use_vllm=vllm, vllm_mode="colocate", vllm_enable_sleep_mode=args.sleep,
+        vllm_max_model_length=MOST_PROMPT + args.max_tokens, vllm_gpu_memory_utilization=engine_share(args, base),
+        **models.trainer_settings(args.bits, args.report_to),
     )  # fmt: skip
-    bar = models.progress_callback(
-        f"GRPO, reward {args.reward}", ["reward", "completions/mean_length"], args.run / f"metrics_{args.reward}.jsonl"
-    )
-    trainer = GRPOTrainer(
-        model=model, args=config, processing_class=tokenizer, reward_funcs=rewards, callbacks=[bar],
-        train_dataset=Dataset.from_list(
-            [{"prompt": models.conversation(q.query, args.prompts), "query": q.query} for q in queries]
-        ),
-    )  # fmt: skip
+    metrics = args.run / f"metrics_{args.reward}.jsonl"
+    bar = models.progress_callback(f"GRPO, reward {args.reward}", ["reward", "completions/mean_length"], metrics)
+    with sync:
+        trainer = CheckedTrainer(
+            model=model, args=config, processing_class=tokenizer, reward_funcs=rewards,
+            callbacks=[bar, *([Looks()] if args.watch_every else [])], train_dataset=Dataset.from_list(rows),
+        )  # fmt: skip
     models.prepare(trainer)
-    generate, generating = trainer._generate, [0.0]
-
-    def timed_generate(*inputs, **options):
-        started = time.perf_counter()
-        output = generate(*inputs, **options)
-        generating[0] += time.perf_counter() - started
-        return output
-
-    trainer._generate = timed_generate
-    started = time.perf_counter()
     try:
-        trainer.train()
+        go_on(args, trainer, Path(config.output_dir))
     except llm.Refused as e:
         fail(str(e))
-    total = time.perf_counter() - started
-    trainer.model.save_pretrained(args.run / NAMES[args.reward], selected_adapters=["default"])
-    mean = [log["reward"] for log in trainer.state.log_history if "reward" in log]
+    trainer.model.save_pretrained(args.run / args.name, selected_adapters=["default"])
+
+    steps = [json.loads(line) for line in metrics.read_text().splitlines()]
+    seconds = {phase: sum(s.get(f"seconds/{phase}", 0.0) for s in steps) for phase in ("generate", "sync", "reward")}
+    seconds["train"] = sum(s["step_time"] for s in steps) - sum(seconds.values())
+    gaps = [s["sampling/sampling_logp_difference/mean"] for s in steps if vllm]
+    syncs = trainer.vllm_generation.syncs if vllm else []
+    mean = [s["reward"] for s in steps]
     tenth = max(1, len(mean) // 10)
-    phases = {"total": total, "generate": generating[0], "reward": rewards.seconds}
-    phases["train"] = total - phases["generate"] - phases["reward"]
+    looks = [json.loads(line) for line in watch.path.read_text().splitlines()] if watch.path.is_file() else []
+    models.draw_curves(args.run / f"metrics_{args.reward}.svg", {
+        title: {key: [(s["step"], s[key]) for s in steps if key in s] for key in keys}
+        for title, keys in {
+            "reward": ["reward", "reward_std"], "characters and reward": ["reward_length_correlation", "distinct_2"],
+            "tokens": ["completions/mean_length"], "KL and gap": ["kl", "sampling/sampling_logp_difference/mean"],
+        }.items()
+    } | {"rubric's mean grade": {"watch": [(r["step"], r["quality"]) for r in looks if r["quality"]]}})  # fmt: skip
     return {
-        "steps": trainer.state.global_step, "engine": "transformers, the trained model itself",
-        "seconds": {name: round(seconds, 1) for name, seconds in phases.items()},
-        "sync": None, "logp_gap": None,  # there is no second copy of the weights
+        "steps": trainer.state.global_step, "engine": args.engine,
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "sync": {"ms": 1000 * sum(s for s, _ in syncs) / len(syncs), "bytes": syncs[-1][1]} if syncs else None,
+        "logp_gap": {"mean": sum(gaps) / len(gaps), "most": max(gaps)} if gaps else None,
         "reward": {"first": sum(mean[:tenth]) / tenth, "last": sum(mean[-tenth:]) / tenth},
-        "completions": rewards.asked, "failed_judgements": rewards.failed,
-        "ledger": rewards.client.store.ledger(["detector"], since=rewards.before) if args.reward == "judge" else None,
+        "completions": completions * len(steps) // updates,
+        "failed_judgements": int(sum(s["failed_judgements"] for s in steps if "failed_judgements" in s)),
+        "watch": [{k: v for k, v in r.items() if k != "grades"} for r in looks],
+        "peak_gib": models.peak_gib(),
+        "ledger": llm.Store(args.run / "answers.sqlite").ledger(["detector"]) if args.reward != "rm" else None,
     }  # fmt: skip
+
+
+def engine_share(args: argparse.Namespace, base: str) -> float:
+    """The part of the GPU's memory that vLLM may take: what the plan gives it."""
+    import torch
+
+    if args.engine != "vllm" or not torch.cuda.is_available():
+        return 0.3  # of nothing
+    return sum(size for name, size in plan(args, base).items() if name.startswith("rollouts")) / gpu_memory(args)
+
+
+def merge(args: argparse.Namespace, base: str) -> None:
+    """Write base and adapter as one bf16 model; in 4 bits the base is the dequantised one, as it was in training."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(models.rollout_base(base, args.bits), dtype=torch.bfloat16)
+    model = PeftModel.from_pretrained(model, args.run / args.name).merge_and_unload()
+    model.save_pretrained(args.merge)
+    models.load_tokenizer(base).save_pretrained(args.merge)
+    print(f"04: {args.run / args.name} and its base are one model in {args.merge}")
 
 
 def main(args: argparse.Namespace) -> int:
     started = time.time()
-    base, name = models.policy_path(args), NAMES[args.reward]
+    if args.plan:
+        args.engine = args.engine or "vllm"
+        return show_plan(args, args.policy or models.DEFAULT_POLICY)
+    models.choose_engine(args)
+    base = models.policy_path(args)
     open_run(args.run)
-    inputs = {"none": {"sft": args.sft}, "rm": {"rm": args.rm}, "judge": {"principles": args.principles}}[args.reward]
-    if args.reward == "judge":
+    inputs: dict[str, Path] = {"sft": args.sft} if args.reward == "none" else {"queries": args.queries}
+    if args.reward in ("judge", "both"):
+        inputs["principles"] = args.principles
         llm.current_principles(args.principles)  # says what is missing before anything is loaded
-    if args.reward == "rm":
+    if args.reward in ("rm", "both"):
+        inputs["rm"] = args.rm
         models.check_adapter(args.rm, base)
-    if args.reward != "none":
-        inputs |= {"queries": args.queries, "policy_sft": args.run / NAMES["none"] / "adapter_model.safetensors"}
-        models.check_adapter(args.run / NAMES["none"], base)
     names = ["seed", "bits", "rank"]
     if args.reward == "none":
         names += ["sft_epochs", "sft_learning_rate", "sft_batch_size"]
     else:
+        inputs["policy_sft"] = args.run / "policy_sft" / "adapter_model.safetensors"
+        models.check_adapter(args.run / "policy_sft", base)
         names += ["learning_rate", "epochs", "steps", "queries_per_step", "mini_batch", "samples", "max_tokens"]
-        names += ["temperature", "kl"]
+        names += ["temperature", "kl", "engine", "length_penalty", "watch_every", "watch_queries"]
     settings = {key: getattr(args, key) for key in names}
     settings |= {"prompts": llm.prompt_hashes(["policy", "detector"], args.prompts)}
-    if args.reward == "judge":
-        settings |= {"endpoint": llm.endpoint_name(args), "votes": args.votes}
-    outputs = [name, f"metrics_{args.reward}.jsonl"]
+    if args.reward in ("judge", "both"):
+        settings |= {"endpoint": llm.endpoint_name(args), "votes": args.votes, "judge_weight": args.judge_weight}
+    outputs = [args.name, f"metrics_{args.reward}.jsonl", f"{args.name}_checkpoints"]
     if args.reward != "none":
         outputs.append(f"rollouts_{args.reward}.jsonl")
+        outputs += [f"watch_{args.reward}.jsonl", f"{args.name}_best"] if args.watch_every else []
     made_from = {"base": base} | {key: file_hash(path) for key, path in inputs.items()}
     stage = Stage(args.run, f"04_{args.reward}", outputs, settings | made_from, args.redo)
     if stage.done and read_summary(args.run, f"04_summary_{args.reward}"):
         print(f"04: --reward {args.reward} done already, see {args.run / f'04_summary_{args.reward}.json'}")
-        return 0
-    (args.run / f"metrics_{args.reward}.jsonl").unlink(missing_ok=True)  # of a run that was killed
-    if args.reward == "judge":
-        llm.Client.probe(args, args.run)
-    models.quiet()
-    figures = sft(args, base) if args.reward == "none" else grpo(args, base)
-    write_summary(args.run, f"04_summary_{args.reward}", started, vars(args), figures)
-    stage.finish()
-    if args.reward == "none":
-        change = f"loss {figures['loss']['first']:.2f} to {figures['loss']['last']:.2f}"
     else:
-        change = f"reward {figures['reward']['first']:.2f} to {figures['reward']['last']:.2f}"
-    print(f"04: --reward {args.reward}: {figures['steps']} steps, {change}; policy in {args.run / name}")
+        if args.reward != "none" and (args.reward != "rm" or args.watch_every):
+            llm.Client.probe(args, args.run)
+        models.quiet()
+        figures = sft(args, base) if args.reward == "none" else grpo(args, base)
+        write_summary(args.run, f"04_summary_{args.reward}", started, vars(args), figures)
+        stage.finish()
+        change = figures["loss" if args.reward == "none" else "reward"]
+        print(f"04: --reward {args.reward}: {figures['steps']} steps, {'loss' if args.reward == 'none' else 'reward'} "
+              f"{change['first']:.2f} to {change['last']:.2f}; policy in {args.run / args.name}")  # fmt: skip
+    if args.merge:
+        merge(args, base)
     return 0
 
 

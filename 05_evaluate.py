@@ -49,7 +49,6 @@ from common.records import (
 )
 
 OFFLINE = {"bits": 16, "samples": 2, "max_tokens": 48, "batch_size_generate": 260}
-WEIGHTS = {"language": 30, "creativity": 30, "emotion": 15, "culture": 15, "richness": 10}  # of the five dimensions
 EXCELLENT = 2.0  # least weighted mean of the grades
 POLICIES = {"base": None, "sft": "policy_sft", "grpo_rm": "policy_rm", "grpo_judge": "policy_judge"}
 # Evaluators that were the reward of a policy: their score for it says nothing new.
@@ -117,10 +116,6 @@ def write_greetings(args: argparse.Namespace, base: str, policies: dict, queries
 # ---- evaluators -----------------------------------------------------------------------------------------------------
 
 
-def weighted_mean(grades: llm.Grades) -> float:
-    return sum(weight * getattr(grades, name) for name, weight in WEIGHTS.items()) / sum(WEIGHTS.values())
-
-
 async def ask_judges(args: argparse.Namespace, rows: list[dict], principles: dict[str, list[str]]) -> None:
     """Add to each row the rubric's grades and the verdict under each set of principles; None where none came."""
     from tqdm import tqdm
@@ -129,8 +124,8 @@ async def ask_judges(args: argparse.Namespace, rows: list[dict], principles: dic
         seen = {"query": row["query"], "response": row["response"]}
         try:
             grades = await client.ask("rubric", llm.Grades, **seen)
-            row["grades"] = {name: getattr(grades, name) for name in WEIGHTS}
-            row["quality"] = weighted_mean(grades)
+            row["grades"] = {name: getattr(grades, name) for name in llm.WEIGHTS}
+            row["quality"] = grades.quality
             row["excellent"] = int(row["quality"] >= EXCELLENT)
         except llm.Unusable:
             row["grades"], row["quality"], row["excellent"] = None, None, None
@@ -261,7 +256,7 @@ def policy_figures(rows: list[dict], training_runs: set[str]) -> dict:
         "unscored": sum(r["excellent"] is None for r in rows),
     }  # fmt: skip
     graded = [r["grades"] for r in rows if r["grades"]]
-    figures["dimensions"] = {name: round(sum(g[name] for g in graded) / max(1, len(graded)), 3) for name in WEIGHTS}
+    figures["dimensions"] = {name: round(sum(g[name] for g in graded) / max(1, len(graded)), 3) for name in llm.WEIGHTS}
     return figures
 
 
@@ -327,7 +322,7 @@ def pictures(args: argparse.Namespace, figures: dict, rows: list[dict]) -> list[
 
     def dimensions(axes) -> None:
         for i, (name, p) in enumerate(policies.items()):
-            axes.plot(list(WEIGHTS), [p["dimensions"][d] for d in WEIGHTS], "o-", color=f"C{i}", label=name)
+            axes.plot(list(llm.WEIGHTS), [p["dimensions"][d] for d in llm.WEIGHTS], "o-", color=f"C{i}", label=name)
         axes.set(ylim=(1, 3), ylabel="mean grade (1-3)")
         axes.legend(frameon=False, fontsize=8)
 
@@ -385,7 +380,8 @@ def write_report(args: argparse.Namespace, figures: dict, rows: list[dict]) -> N
     )  # fmt: skip
     shown = {
         "figures": figures, "finding": figures["finding"], "samples": samples, "offline": args.offline, "run": args.run,
-        "reward_of": REWARD_OF, "weights": WEIGHTS, "excellent": EXCELLENT, "rm": read_summary(args.run, "02_summary"),
+        "reward_of": REWARD_OF, "weights": llm.WEIGHTS, "excellent": EXCELLENT,
+        "rm": read_summary(args.run, "02_summary"),
         "curation": read_summary(args.run, "01_summary"), "judge": read_summary(args.run, "03_summary"),
     }  # fmt: skip
     replace_file(args.run / "report.md", environment.get_template("report.md").render(shown))

@@ -78,6 +78,7 @@ class Rules(Answer):
 
 
 Grade = Annotated[Literal[1, 2, 3], BeforeValidator(plain_int)]
+WEIGHTS = {"language": 30, "creativity": 30, "emotion": 15, "culture": 15, "richness": 10}  # of the five dimensions
 
 
 class Grades(Answer):
@@ -87,6 +88,11 @@ class Grades(Answer):
     emotion: Grade
     culture: Grade
     richness: Grade
+
+    @property
+    def quality(self) -> float:
+        """The weighted mean of the grades, 1 to 3."""
+        return sum(weight * getattr(self, name) for name, weight in WEIGHTS.items()) / sum(WEIGHTS.values())
 
 
 class Unusable(Exception):
@@ -212,6 +218,13 @@ def add_endpoint_flags(parser) -> None:
         "--budget", type=float, help="stop when this run folder has cost so much: money with --price-*, tokens without"
     )
     group.add_argument("--prompts", type=Path, default=PROMPTS, help="folder of the prompts")
+
+
+def is_local(args) -> bool:
+    """Whether the agents' endpoint is on this machine, and so perhaps on this GPU."""
+    from urllib.parse import urlsplit
+
+    return not args.offline and urlsplit(args.base_url).hostname in ("127.0.0.1", "localhost", "::1")
 
 
 def endpoint_name(args) -> tuple[str, str]:

@@ -6,14 +6,20 @@ functions, so that `--help` answers at once.
 """
 
 import json
+import os
+import shutil
+import tempfile
+import time
 from pathlib import Path
 from typing import NoReturn
 
 from common.llm import render
-from common.records import fail, positive
+from common.records import ROOT, digest, fail, positive
 
 DEFAULT_POLICY = "Qwen/Qwen2.5-7B-Instruct"
 LORA_TARGETS = "all-linear"
+DEQUANTISED = ROOT / "outputs" / "dequantised"  # rollout bases, shared by every run
+TRL_VERSION = "1.16.0"  # whose VLLMGeneration `adapter_sync` was written against
 
 
 def add_policy_flags(parser) -> None:
@@ -44,11 +50,12 @@ def policy_path(args) -> str:
 def quiet() -> None:
     """Libraries that only repeat what the scripts say themselves keep still; torch uses every core."""
     import logging
-    import os
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU is enough, and the trainers would split over all
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if "WORLD_SIZE" not in os.environ:  # not started by `accelerate launch`
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU is enough, and the trainers would split over all
     warnings.filterwarnings("ignore")
     import datasets
     import transformers
@@ -57,6 +64,27 @@ def quiet() -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+# What `04_grpo.py --plan` needs of the default models, so that it needs no download.
+ARCHITECTURES = {
+    DEFAULT_POLICY: {
+        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+
+
+def architecture(path: str) -> dict:
+    """The configuration of a Qwen2-like model as a dictionary: sizes of layers, heads and vocabulary."""
+    from transformers import AutoConfig
+
+    if path in ARCHITECTURES:
+        return ARCHITECTURES[path]
+    try:
+        return AutoConfig.from_pretrained(path).to_dict()
+    except (OSError, ValueError) as e:
+        _cannot_load(path, e)
 
 
 def load_base(kind, path: str, bits: int, **kwargs):
@@ -71,10 +99,21 @@ def load_base(kind, path: str, bits: int, **kwargs):
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
             llm_int8_skip_modules=["lm_head", "score"],
         )  # fmt: skip
+    if (
+        not cuda
+    ):  # the fused attention of a CPU is slower on short padded rows: 9.0 against 12.8 thousand tokens a second
+        kwargs["attn_implementation"] = "eager"
+    device = {"": int(os.environ.get("LOCAL_RANK", 0))} if cuda else None
     try:
-        return kind.from_pretrained(path, dtype=dtype, device_map={"": 0} if cuda else None, **kwargs)
+        model = kind.from_pretrained(path, dtype=dtype, device_map=device, **kwargs)
     except (OSError, ValueError) as e:
         _cannot_load(path, e)
+    for module in model.modules():
+        # On a CPU bitsandbytes repacks the weights, in place, at the first pass in eval mode. What is trained after
+        # that is not the same model any more: its log-probabilities are 0.23 a token away.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def _cannot_load(path: str, error: Exception) -> NoReturn:
@@ -119,8 +158,8 @@ def lora(rank: int, alpha: int, task: str, **kwargs):
     return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=LORA_TARGETS, task_type=task, **kwargs)
 
 
-def trainer_settings(bits: int) -> dict:
-    """Settings that every TRL trainer here shares: bf16 where load_base takes it, no tracker, no bar."""
+def trainer_settings(bits: int, trackers: list[str]) -> dict:
+    """Settings that every TRL trainer here shares: bf16 where load_base takes it, no bar but ours."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -128,9 +167,16 @@ def trainer_settings(bits: int) -> dict:
         "bf16": cuda or bits == 4,
         "use_cpu": not cuda,
         "gradient_checkpointing": cuda,
-        "report_to": [],
+        "report_to": trackers,
         "disable_tqdm": True,
     }
+
+
+def peak_gib() -> float | None:
+    """The most GPU memory that this process has had from torch so far, in GiB; None without a GPU."""
+    import torch
+
+    return round(torch.cuda.max_memory_allocated() / 1024**3, 2) if torch.cuda.is_available() else None
 
 
 def progress_callback(title: str, shown: list[str], metrics: Path | None = None):
@@ -211,6 +257,140 @@ def generate(
     return texts
 
 
+# ---- the engine of the rollouts -------------------------------------------------------------------------------------
+
+
+def rollout_base(base: str, bits: int) -> str:
+    """Where the weights lie that a trainer with this base really multiplies by: what the engine has to serve.
+
+    With 4 bits that is not the checkpoint but its NF4 weights, dequantised to bf16. They are written once, into
+    outputs/dequantised/, and reused.
+    """
+    if bits != 4:
+        return base
+    import bitsandbytes
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    weights = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in Path(base).glob("*.safetensors"))
+    try:
+        revision = getattr(AutoConfig.from_pretrained(base), "_commit_hash", None)
+    except (OSError, ValueError) as e:
+        _cannot_load(base, e)
+    folder = DEQUANTISED / digest(base, revision, weights, bitsandbytes.__version__)
+    if not folder.is_dir():
+        DEQUANTISED.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=DEQUANTISED))
+        load_base(AutoModelForCausalLM, base, 4).dequantize().to(torch.bfloat16).save_pretrained(scratch)
+        load_tokenizer(base).save_pretrained(scratch)
+        try:
+            scratch.rename(folder)
+        except OSError:  # another process was quicker
+            shutil.rmtree(scratch)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return str(folder)
+
+
+def choose_engine(args) -> None:
+    """Fill in --engine: vLLM where there is a GPU and it is installed, transformers elsewhere."""
+    import importlib.util
+
+    import torch
+
+    if args.engine is None:
+        args.engine = "vllm" if torch.cuda.is_available() and importlib.util.find_spec("vllm") else "hf"
+
+
+def engine_class(base: str, bits: int, rank: int):
+    """vLLM's LLM, serving the rollout base of `base` with one LoRA adapter at a time, of this rank at most."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine lives in this process
+    if not cuda:
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+    try:
+        from vllm import LLM
+        from vllm.lora.request import LoRARequest
+    except ImportError as e:
+        fail(f"--engine vllm: {e}; install vLLM (requirements.txt), or use --engine hf")
+    served = {
+        "model": rollout_base(base, bits), "quantization": None, "enable_lora": True, "max_loras": 1,
+        "max_lora_rank": next((n for n in (8, 16, 32, 64, 128, 256, 320, 512) if n >= rank), 0)
+        or fail(f"--rank {rank}: vLLM serves adapters of rank 512 at most"),
+        "max_cpu_loras": 1, "dtype": "bfloat16" if cuda or bits == 4 else "float32", "enforce_eager": not cuda,
+    }  # fmt: skip
+
+    class AdapterLLM(LLM):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs | served)
+            self.adapter, self.swaps = None, 0
+
+        def use(self, folder: Path) -> None:
+            """Answer with the adapter in this folder from now on.
+
+            Under a new name and number each time: an adapter loaded again under its old name can meet the prefix cache
+            of its predecessor (vllm#42125).
+            """
+            self.swaps += 1
+            self.adapter = LoRARequest(f"policy-{self.swaps}", self.swaps, str(folder))
+            self.llm_engine.add_lora(self.adapter)
+            self.reset_prefix_cache()
+
+        def generate(self, *args, **kwargs):
+            return super().generate(*args, lora_request=self.adapter, **kwargs)
+
+        def sleep(self, level: int = 1) -> None:
+            # TRL asks for level 2, which throws the base away, and pushes all weights again. Level 1 keeps it in the
+            # machine's memory.
+            super().sleep(level=1)
+
+    return AdapterLLM
+
+
+def adapter_sync(base: str, bits: int, rank: int):
+    """A context in which TRL's colocated engine serves the rollout base and is sent the adapter alone.
+
+    TRL itself merges the adapter into the base and pushes all weights, which is lossy or fails on 4 bits (trl#3466,
+    trl#4973, trl#5975). Each sync is in `syncs` of the trainer's `vllm_generation`: (seconds, bytes).
+    """
+    from contextlib import ExitStack
+    from unittest.mock import patch
+
+    import trl
+
+    if trl.__version__ != TRL_VERSION:
+        fail(f"--engine vllm was written against trl {TRL_VERSION}, this is {trl.__version__}: install that one, or "
+             "use --engine hf")  # fmt: skip
+    engine = engine_class(base, bits, rank)  # sets the environment that vLLM reads when TRL imports it
+    from trl.generation import vllm_generation
+    from trl.trainer import grpo_trainer
+
+    class AdapterGeneration(vllm_generation.VLLMGeneration):
+        def _init_vllm(self):
+            self.syncs, self.scratch = [], tempfile.TemporaryDirectory()
+            super()._init_vllm()
+
+        def sync_weights(self):
+            started = time.perf_counter()
+            if self.enable_sleep_mode:
+                vllm_generation.empty_cache()
+                self.llm.wake_up(tags=["weights"])
+                self._llm_weights_sleeping = False
+            folder, old = (Path(self.scratch.name, str(self.llm.swaps + n)) for n in (1, 0))
+            self.model.save_pretrained(folder, selected_adapters=["default"])
+            self.llm.use(folder)
+            shutil.rmtree(old, ignore_errors=True)
+            size = sum(file.stat().st_size for file in folder.iterdir())
+            self.syncs.append((time.perf_counter() - started, size))
+
+    stack = ExitStack()
+    stack.enter_context(patch.object(vllm_generation, "LLM", engine))
+    stack.enter_context(patch.object(grpo_trainer, "VLLMGeneration", AdapterGeneration))
+    return stack
+
+
 class RewardModel:
     """A trained reward model: scores of (query, response), standardised and freed of length by calibration.json."""
 
@@ -258,6 +438,25 @@ class RewardModel:
         line = self.calibration["length"]
         length = min(max(length, line["shortest"]), line["longest"])
         return (logit - line["slope"] * length - self.calibration["mean"]) / self.calibration["std"]
+
+
+def draw_curves(path: Path, panels: dict[str, dict[str, list[tuple[float, float]]]]) -> None:
+    """An SVG file with a panel for each title, in it a line for each label, through its (step, value) points."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3), layout="constrained", squeeze=False)
+    for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
+        for label, points in lines.items():
+            if points:
+                axis.plot(*zip(*points, strict=True), label=label)
+        axis.set(xlabel="step", title=title)
+        if axis.lines:
+            axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
 
 
 class Embedding:

@@ -1,0 +1,118 @@
+"""What tests/test_engine.py runs in processes of their own: step 4 with a part of it exchanged, and LoRA modules alone.
+
+python tests/engine.py as_is FLAGS OF 04_grpo.py    (or original_base, never_sent, sent_once)
+python tests/engine.py modules                      prints {module: [gap, gap to the unperturbed policy]} as JSON
+"""
+
+import hashlib
+import importlib
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import llm, models, offline
+
+QUERIES = ["给老师的教师节祝福", "生日祝福 朋友", "中秋节祝福语给妈妈", "新婚快乐祝福", "祝同事升职", "春节拜年短信"]
+
+
+def quantised_hash(model) -> str:
+    """Hash of every 4-bit weight and of its scales."""
+    total = hashlib.sha256()
+    for _, module in sorted(model.named_modules()):
+        if state := getattr(getattr(module, "weight", None), "quant_state", None):
+            for tensor in (module.weight.data, state.absmax):
+                total.update(tensor.contiguous().view(-1).float().numpy().tobytes())
+    return total.hexdigest()
+
+
+def step_4(exchanged: str) -> int:
+    """Run 04_grpo.py with the flags that follow; prints whether the quantised base is the same after it."""
+    grpo = importlib.import_module("04_grpo")
+    load_policy, engine_class, loaded = models.load_policy, models.engine_class, []
+
+    def loading(*args, **kwargs):
+        model, tokenizer = load_policy(*args, **kwargs)
+        loaded.append((model, quantised_hash(model)))
+        return model, tokenizer
+
+    def engine(*args):
+        kind = engine_class(*args)
+        use = kind.use
+
+        def use_less(self, folder: Path) -> None:
+            if exchanged == "sent_once" and not self.swaps:
+                use(self, folder)
+            self.swaps += 1
+
+        if exchanged in ("never_sent", "sent_once"):
+            kind.use = use_less
+        return kind
+
+    models.load_policy, models.engine_class = loading, engine
+    if exchanged == "original_base":
+        models.rollout_base = lambda base, bits: base
+    code = grpo.launch(grpo.main, grpo.parse_args())
+    print(json.dumps({"base_unchanged": all(quantised_hash(model) == before for model, before in loaded)}))
+    return code
+
+
+def modules() -> None:
+    """Perturb one LoRA module after the other; how far is the engine from the trainer, and from the policy before?"""
+    import torch
+    from peft import get_peft_model
+    from vllm import SamplingParams
+
+    models.quiet()
+    base = str(offline.tiny_policy())
+    engine = models.engine_class(base, 4, 16)(
+        model=base, max_model_len=160, max_num_seqs=16, logprobs_mode="processed_logprobs", seed=0
+    )
+    model, tokenizer = models.load_policy(base, 4)
+    model = get_peft_model(model, models.lora(16, 32, "CAUSAL_LM"))
+    asked = [models.conversation(query, llm.PROMPTS) for query in QUERIES]
+    asked = [tokenizer.apply_chat_template(c, add_generation_prompt=True, tokenize=True)["input_ids"] for c in asked]
+    sampling = SamplingParams(temperature=1.0, max_tokens=24, logprobs=0, seed=0)
+
+    def distances() -> list[float]:
+        """Mean difference of the engine's log-probabilities to the trainer's, with its adapter and without."""
+        outputs = engine.generate(
+            [{"prompt_token_ids": ids} for ids in asked], sampling_params=sampling, use_tqdm=False
+        )
+        found = []
+        for context in (torch.no_grad(), model.disable_adapter()):
+            gaps = []
+            for ids, output in zip(asked, outputs, strict=True):
+                new = torch.tensor(output.outputs[0].token_ids)
+                engines = torch.tensor([next(iter(at.values())).logprob for at in output.outputs[0].logprobs])
+                with context, torch.no_grad():
+                    logits = model(input_ids=torch.tensor([ids + new.tolist()])).logits[0, len(ids) - 1 : -1].float()
+                gaps.append((logits.log_softmax(-1).gather(1, new[:, None])[:, 0] - engines).abs())
+            found.append(torch.cat(gaps).mean().item())
+        return found
+
+    found, torch_rng = {}, torch.Generator().manual_seed(0)
+    parts = [(name, p) for name, p in model.named_parameters() if "lora_B" in name]
+    with tempfile.TemporaryDirectory() as scratch:
+        for number, (name, part) in enumerate(
+            [*parts, parts[0]]
+        ):  # the first again: a swap back, with the same prompts
+            part.data = torch.randn(part.shape, generator=torch_rng) * 0.1
+            model.save_pretrained(f"{scratch}/{number}")
+            engine.use(Path(scratch, str(number)))
+            found[f"{number} {name}"] = distances()
+            try:
+                if number == 0:
+                    engine.sleep()
+                    engine.wake_up()
+                    found["after sleep"] = distances()
+            except (ValueError, NotImplementedError, AssertionError, RuntimeError) as e:
+                found["sleep refused"] = [str(e)]
+            part.data.zero_()
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    mode = sys.argv.pop(1)
+    sys.exit(modules() if mode == "modules" else step_4(mode))

@@ -1,0 +1,276 @@
+"""Step 4 with transformers' generation: rewards that fail, a killed run, the watch, the plan, the merged model."""
+
+import argparse
+import asyncio
+import importlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, lines, run_script
+from endpoint import Reply, chat, critic, endpoint, settings, status
+
+from common import llm, models, offline
+from common.records import Query
+
+grpo = importlib.import_module("04_grpo")
+GOOD = "愿你今晚的灯火暖而不晃，推门就有人喊你的名字。"
+SMALL = ["--queries-per-step", 4, "--mini-batch", 4, "--samples", 4, "--micro-batch", 16, "--max-tokens", 12]
+
+
+@pytest.fixture
+def folder(run: Path, tmp_path: Path) -> Path:
+    """A run folder with what GRPO starts from, and nothing of step 4 but the SFT policy."""
+    for name in ("policy_sft", "rm"):
+        shutil.copytree(run / name, tmp_path / "run" / name)
+    shutil.copy(run / "principles.jsonl", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def flags(folder: Path, *more: object) -> list[str]:
+    return [*map(str, ["--offline", "--run", folder, *SMALL, "--watch-every", 0, *more])]
+
+
+# ---- rewards --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def judged(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable]:
+    """judged(texts, *replies) -> (rewards, metrics, what the endpoint served) of one step of --reward judge."""
+    monkeypatch.setattr(grpo, "PAUSES", (0.0, 0.0))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+    def step(texts: list[str], *replies: Reply | Callable, dwell: float = 0.0, **changed: object):
+        metrics: dict[str, float] = {}
+        with endpoint(*replies) as served:
+            served.dwell = dwell
+            usual = {"reward": "judge", "run": tmp_path, "principles": run / "principles.jsonl", "attempts": 1}
+            args = settings(served.url, **usual | {"judge_weight": 0.5, "length_penalty": 0.0} | changed)
+
+            async def rewards() -> list[float | None]:
+                found = grpo.Rewards(args, "")
+                async with found.client:
+                    return await found(
+                        [[{"content": text}] for text in texts], ["生日祝福"] * len(texts),
+                        argparse.Namespace(global_step=3), metrics.__setitem__,
+                    )  # fmt: skip
+
+            return asyncio.run(rewards()), metrics, served
+
+    yield step
+
+
+def sometimes(fails: Callable[[int], bool]) -> Callable[[dict], Reply]:
+    """The critic, but for the requests whose number `fails` picks."""
+    count = iter(range(10_000))
+    return lambda request: status(400) if fails(next(count)) else critic(request)
+
+
+def test_failures_are_asked_again_and_all_is_well(judged: Callable, tmp_path: Path) -> None:
+    texts = [f"第{n}盏灯{GOOD}" for n in range(10)]
+    rewards, metrics, served = judged(texts, sometimes(lambda n: n < 6))
+    assert None not in rewards and metrics["failed_judgements"] == 0
+    assert len(served.asked) == 16
+    assert [row["reward"] for row in lines(tmp_path / "rollouts_judge.jsonl")] == rewards
+
+
+def test_a_few_failures_give_no_signal_and_are_counted(judged: Callable, tmp_path: Path) -> None:
+    texts = [f"第{n}盏灯{GOOD}" for n in range(10)]
+    lost = {"第3盏灯", "第7盏灯", "第8盏灯"}  # three of ten, for ever
+    rewards, metrics, _ = judged(
+        texts,
+        lambda request: (
+            status(400) if any(text in json.dumps(request, ensure_ascii=False) for text in lost) else critic(request)
+        ),
+    )
+    assert [i for i, reward in enumerate(rewards) if reward is None] == [3, 7, 8]
+    assert metrics["failed_judgements"] == 3
+    assert all(
+        "failed: HTTP 400" in row["reason"] for row in lines(tmp_path / "rollouts_judge.jsonl") if row["reward"] is None
+    )
+
+
+def test_mostly_failures_stop_the_run(judged: Callable) -> None:
+    with pytest.raises((SystemExit, llm.Refused)):
+        judged([f"第{n}盏灯{GOOD}" for n in range(10)], status(400))
+
+
+def test_a_collapsed_policy_is_judged_once(judged: Callable) -> None:
+    rewards, metrics, served = judged([GOOD] * 16, critic)
+    assert len(set(rewards)) == 1 and len(served.asked) == 1
+    assert metrics["reward_length_correlation"] == 0.0
+
+
+def test_a_slow_judge_hears_all_completions_of_a_step_at_once(judged: Callable) -> None:
+    _, _, served = judged([f"第{n}盏灯{GOOD}" for n in range(8)], critic, dwell=0.4)
+    assert served.most_at_once == 8
+
+
+def test_nothing_written_earns_nothing_and_is_not_asked(judged: Callable) -> None:
+    rewards, _, served = judged(["", "  ", GOOD], chat('{"reason": "好", "verdict": 1}'))
+    assert rewards == [0.0, 0.0, 1.0] and len(served.asked) == 1
+
+
+def test_a_reward_that_is_no_number_is_no_reward(judged: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        grpo.Rewards, "judged", lambda self, q, text: asyncio.sleep(0, (float("nan") if "一" in text else 1.0, ""))
+    )
+    rewards, metrics, _ = judged(["一", "二", "三", "四", "五"], critic)
+    assert rewards == [None, 1.0, 1.0, 1.0, 1.0] and metrics["failed_judgements"] == 1
+
+
+def test_length_can_be_made_to_cost(judged: Callable) -> None:
+    verdict = chat('{"reason": "好", "verdict": 1}')
+    rewards, _, _ = judged([GOOD, GOOD * 4], verdict, length_penalty=0.5)
+    assert rewards == pytest.approx([1 - 0.005 * len(GOOD), 1 - 0.02 * len(GOOD)])
+
+
+# ---- the run --------------------------------------------------------------------------------------------------------
+
+
+def without_times(path: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if "seconds" not in k and "time" not in k} for row in lines(path)]
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_been(folder: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    shutil.copytree(folder, whole)
+    more = ["--reward", "judge", "--steps", "6", "--save-every", "2", "--watch-every", "2", "--watch-queries", "8"]
+    done = run_script("04_grpo.py", *flags(whole), *more)
+    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "04_grpo.py", *flags(folder), *more]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics, deadline = folder / "metrics_judge.jsonl", time.time() + 300
+    while time.time() < deadline and not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 5):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "04_summary_judge.json").is_file()
+    done = run_script("04_grpo.py", *flags(folder), *more)
+    assert done.returncode == 0, done.stderr
+    assert lines(folder / "rollouts_judge.jsonl") == lines(whole / "rollouts_judge.jsonl")
+    assert lines(folder / "watch_judge.jsonl") == lines(whole / "watch_judge.jsonl")
+    resumed, unbroken = without_times(metrics), without_times(whole / "metrics_judge.jsonl")
+    assert [row["step"] for row in resumed] == [1, 2, 3, 4, 5, 6]
+    for a, b in zip(resumed, unbroken, strict=True):
+        assert a == pytest.approx(b, abs=1e-5, nan_ok=True)
+
+
+def test_a_step_without_any_spread_teaches_nothing(folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    done = run_script("04_grpo.py", *flags(folder, "--reward", "judge", "--steps", 2, "--max-tokens", 1))
+    assert done.returncode == 0, done.stderr
+    assert [row["frac_reward_zero_std"] for row in lines(folder / "metrics_judge.jsonl")] == [1.0, 1.0]
+    before, after = (load_file(folder / name / "adapter_model.safetensors") for name in ("policy_sft", "policy_judge"))
+    assert all((before[name].float() - after[name].float()).abs().max() < 1e-4 for name in before)
+
+
+def test_both_rewards_are_weighted(folder: Path) -> None:
+    done = run_script("04_grpo.py", *flags(folder, "--reward", "both", "--steps", 1, "--judge-weight", 0.25))
+    assert done.returncode == 0, done.stderr
+    rows = lines(folder / "rollouts_both.jsonl")
+    rm = models.RewardModel(folder / "rm", str(offline.tiny_policy()), 16, llm.PROMPTS)
+    rows = [row for row in rows if row["response"].strip()]
+    for row, score in zip(rows, rm.score([(r["query"], r["response"]) for r in rows]), strict=True):
+        rest = row["reward"] - 0.75 * score
+        assert min(abs(rest), abs(rest - 0.25)) < 1e-3
+
+
+def test_the_merged_model_is_base_and_adapter(folder: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    base, weights = str(offline.tiny_policy()), folder / "policy_sft" / "adapter_model.safetensors"
+    rng = torch.Generator().manual_seed(0)
+    trained = {name: torch.randn(w.shape, generator=rng) * 0.1 for name, w in load_file(weights).items()}
+    save_file(trained, weights, metadata={"format": "pt"})
+    grpo.merge(argparse.Namespace(bits=16, run=folder, name="policy_sft", merge=tmp_path / "merged"), base)
+    model, tokenizer = models.load_policy(base, 16, folder / "policy_sft")
+    one = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    ids = tokenizer(GOOD, return_tensors="pt")
+    with torch.no_grad():
+        wanted, merged = (m(**ids).logits.log_softmax(-1) for m in (model, one))
+        with model.disable_adapter():
+            unadapted = model(**ids).logits.log_softmax(-1)
+    assert (wanted - merged).abs().mean() < 0.1 * (wanted - unadapted).abs().mean()  # bf16 rounds
+
+
+# ---- the watch ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float], list[float]], dict]:
+    """look(grades, rewards so far) -> the row of a look at texts with these grades."""
+    args = argparse.Namespace(seed=0, watch_queries=40, reward="rm", run=tmp_path, temperature=1.0, max_tokens=8,
+                              batch_size_generate=8, prompts=llm.PROMPTS)  # fmt: skip
+    watch = grpo.Watch(args, [Query(query=f"问{n}") for n in range(40)])
+    monkeypatch.setattr(models, "generate", lambda *a, **k: [""] * 40)
+    step = iter(range(100))
+
+    def once(grades: list[float], rewards: list[float]) -> dict:
+        monkeypatch.setattr(watch, "grades", lambda texts: asyncio.sleep(0, grades))
+        return watch.look(None, None, next(step), rewards)
+
+    return once
+
+
+def test_a_reward_that_rises_while_the_grades_fall_is_a_hack(look: Callable) -> None:
+    good, bad = [2.4, 2.0, 2.2, 1.8] * 10, [1.4, 1.2, 1.3, 1.0] * 10
+    assert look(good, []) | {"best": True, "hack": False} == {
+        "step": 0,
+        "quality": 2.1,
+        "n": 40,
+        "hack": False,
+        "best": True,
+    }
+    assert look(bad, [0.1, 0.2, 0.9])["hack"] is True
+    assert look(bad, [0.9, 0.2, 0.1])["hack"] is False  # the reward fell with them
+
+
+def test_a_fall_inside_noise_is_none(look: Callable) -> None:
+    look([2.4, 1.0, 2.2, 1.0] * 10, [])
+    row = look([1.0, 2.3, 1.0, 2.2] * 10, [0.1, 0.5, 0.9])
+    assert row["difference"][0] < 0 < row["difference"][2] and row["hack"] is False and row["best"] is False
+
+
+# ---- the plan -------------------------------------------------------------------------------------------------------
+
+
+def test_the_plan_counts_the_parameters_of_the_default_model() -> None:
+    done = run_script("04_grpo.py", "--reward", "judge", "--plan")
+    assert done.returncode == 0, done.stderr
+    size = {line.split("GiB")[1].strip(): float(line.split()[0]) for line in done.stdout.splitlines()}
+    assert size["rollouts: base in bf16"] == pytest.approx(2 * 7_615_283_200 / 2**30, abs=0.06)  # but norms and biases
+    adapter = size["trainer: adapter, its gradient and Adam's two moments, fp32"]
+    assert adapter == pytest.approx(16 * 40_370_176 / 2**30, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("flags", "remedy"),
+    [(["--gpu-memory", "60"], "with --sleep it does"), (["--micro-batch", "32"], "with --sleep it does"),
+     (["--gpu-memory", "20"], "take a smaller --policy")],
+)  # fmt: skip
+def test_a_plan_that_does_not_fit_names_the_flag_that_would(flags: list[str], remedy: str) -> None:
+    done = run_script("04_grpo.py", "--reward", "judge", "--plan", *flags)
+    assert done.returncode == 2 and remedy in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_judge_elsewhere_takes_no_memory() -> None:
+    done = run_script("04_grpo.py", "--reward", "judge", "--plan", "--base-url", "https://judge.example/v1")
+    assert done.returncode == 0 and "judge's server" not in done.stdout
+
+
+def test_an_engine_that_is_not_there_is_named(folder: Path) -> None:
+    if importlib.util.find_spec("vllm"):
+        pytest.skip("vLLM is installed here")
+    done = run_script("04_grpo.py", *flags(folder, "--reward", "judge", "--engine", "vllm"))
+    assert done.returncode == 2 and "use --engine hf" in done.stderr and "Traceback" not in done.stderr
