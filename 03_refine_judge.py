@@ -109,7 +109,8 @@ def fixed_attacks(args: argparse.Namespace, references: list[Reference], held_ou
         own = getattr(good, "occasion", good.query)
         other = rng.choice([r for r in references if getattr(r, "occasion", r.query) != own])
         attack = BANK[kind](good.response, other.response)
-        bank.append({"query": good.query, "response": attack, "source": "fixed", "attack": kind})
+        if attack != good.response:  # too short to be spoilt in this way
+            bank.append({"query": good.query, "response": attack, "source": "fixed", "attack": kind})
     return bank
 
 
