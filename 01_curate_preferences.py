@@ -256,8 +256,8 @@ async def judge_one(
     try:
         if not args.no_debate:
             sides = (client.ask(role, llm.Points, **seen) for role in ("positive", "negative"))
-            for heard in await asyncio.gather(*sides, return_exceptions=True):  # one that fails lets the other end
-                if isinstance(heard, BaseException):
+            for heard in await llm.settled(*sides):  # one that fails lets the other end
+                if isinstance(heard, llm.Unusable):
                     raise heard
                 answers.append(heard)
             record.positive, record.negative = answers[0].points, answers[1].points
@@ -477,7 +477,7 @@ def main(args: argparse.Namespace) -> int:
         fates[r.id] = ", ".join(roles) or f"{'accepted' if r.label else 'rejected'}: {alone}"
     write(args.run / "fates.jsonl", ({"id": i, "fate": fate} for i, fate in fates.items()))
     unequal = [len(good.response) > len(bad.response) for good, bad in pairs if length_gap((good, bad))]
-    ledger = llm.Store(args.run / "answers.sqlite").ledger(ROLES)
+    ledger = llm.Store(args.run / "answers.sqlite", (args.price_in, args.price_out)).ledger(ROLES)
     figures = {
         "candidates": len(fates), "judged": len(judged) + failures.total(), "pairs": len(pairs), "sft": len(rows),
         "accepted": rate(sum(r.label for r in judged), len(judged)),
@@ -488,7 +488,6 @@ def main(args: argparse.Namespace) -> int:
         "longer_wins_in_all_possible_pairs": rate(sum(gap > 0 for gap in gaps), sum(gap != 0 for gap in gaps)),
         "within_20_percent": rate(sum(length_gap(pair) <= 0.2 for pair in pairs), len(pairs)),
         "failures": failures, "fates": Counter(fates.values()), "ledger": ledger,
-        "money": round(llm.money(args, ledger["input_tokens"], ledger["output_tokens"]), 4),
         "seconds_by_phase": {"sample": round(sampled - started, 2), "judge": round(judging or 0.0, 2)},
     }  # fmt: skip
     if given:

@@ -2,8 +2,9 @@
 
 --reward none   SFT of a LoRA adapter on sft.jsonl: where both GRPO runs start.
 --reward rm     GRPO from there; the reward is the score of step 2's reward model.
---reward judge  GRPO from there; the reward is the binary verdict of the judge under step 3's principles, asked for all
-                completions of a step at once. A judgement that fails is no reward at all, never a 0.
+--reward judge  GRPO from there; the reward is the binary verdict of the judge under step 3's principles (--graded: its
+                probability), asked for all completions of a step at once. A judgement that fails is no reward at
+                all, never a 0.
 
 Reads   queries, sft.jsonl (none), rm/ (rm), principles.jsonl (judge), policy_sft/ (rm, judge)
 Writes  policy_sft/, policy_rm/ or policy_judge/, rollouts_*.jsonl (every completion with its reward), metrics_*.jsonl,
@@ -129,7 +130,7 @@ class Rewards:
             return None, f"failed: {e}"
         except SystemExit as e:  # would end TRL's thread and leave the trainer waiting for it
             raise llm.Refused("see the error above") from e
-        return float(verdict.verdict), verdict.reason
+        return verdict.reward, verdict.reason
 
     async def __call__(self, completions: list, query: list[str], trainer_state, **kwargs) -> list[float | None]:
         """One reward a completion of the step, as TRL asks for them; None gives no learning signal."""
@@ -236,7 +237,7 @@ def main(args: argparse.Namespace) -> int:
     settings = {key: getattr(args, key) for key in names}
     settings |= {"prompts": llm.prompt_hashes(["policy", "detector"], args.prompts)}
     if args.reward == "judge":
-        settings |= {"endpoint": llm.endpoint_name(args), "votes": args.votes}
+        settings |= {"endpoint": llm.endpoint_name(args), "votes": args.votes, "graded": args.graded}
     outputs = [name, f"metrics_{args.reward}.jsonl"]
     if args.reward != "none":
         outputs.append(f"rollouts_{args.reward}.jsonl")

@@ -273,7 +273,7 @@ def test_a_budget_stops_it_and_a_higher_one_goes_on(server: Served, tmp_path: Pa
     assert stopped.returncode == 2 and "--budget" in line and 50 <= len(server.asked) <= 50 + 8
     done = curate(run, candidates, server.url, "--price-in", 2, "--price-out", 10)
     assert done.returncode == 0 and len(server.asked) == 120
-    assert summary(run)["money"] == pytest.approx(120 * (11 * 2 + 7 * 10) / 1e6, abs=1e-4)
+    assert summary(run)["ledger"]["money"] == pytest.approx(120 * (11 * 2 + 7 * 10) / 1e6, abs=1e-4)
 
 
 def test_votes_are_counted_and_ablations_leave_agents_out(server: Served, tmp_path: Path) -> None:
