@@ -15,7 +15,7 @@ import re
 import sqlite3
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
@@ -322,6 +322,13 @@ class Store:
     def money(self, *tokens: int) -> float:
         """What so many input and output tokens cost."""
         return sum(count * price for count, price in zip(tokens, self.prices, strict=True)) / 1e6
+
+
+def total(ledgers: list[dict]) -> dict:
+    """The sum of the ledgers of several run folders."""
+    outcomes = sum((Counter(ledger["outcomes"]) for ledger in ledgers), Counter())
+    counts = {name: sum(ledger[name] for ledger in ledgers) for name in ledgers[0] if name != "outcomes"}
+    return counts | {"outcomes": dict(outcomes)}
 
 
 class Throttle:
