@@ -108,13 +108,10 @@ def shard(text: str) -> tuple[int, int]:
 # ---- candidates -----------------------------------------------------------------------------------------------------
 
 
-def policies_of(args: argparse.Namespace) -> list[str]:
-    return [models.policy_path(args), *args.policies] if args.samples else []
-
-
 def candidate_settings(args: argparse.Namespace) -> dict:
+    policies = [models.policy_path(args), *args.policies] if args.samples else []
     return {
-        "seed": args.seed, "queries": file_hash(args.queries), "policies": policies_of(args), "bits": args.bits,
+        "seed": args.seed, "queries": file_hash(args.queries), "policies": policies, "bits": args.bits,
         "samples": args.samples, "temperature": args.temperature, "max_tokens": args.max_tokens,
         "batch": args.batch_size_generate,
         "prompts": llm.prompt_hashes(["policy"], args.prompts), "files": [file_hash(p) for p in args.candidates],
@@ -131,8 +128,8 @@ def sample_candidates(args: argparse.Namespace, queries: list[Query]) -> bool:
 
     Goes on where it was. Returns whether all of it was there already.
     """
-    part = {"shard": args.shard} if args.shard else {}
-    stage = Stage(args.run, "01_candidates", ["candidates.jsonl"], candidate_settings(args) | part, args.redo)
+    settings, part = candidate_settings(args), {"shard": args.shard} if args.shard else {}
+    stage = Stage(args.run, "01_candidates", ["candidates.jsonl"], settings | part, args.redo)
     if stage.done:
         return True
     queries = [query for query in queries if in_shard(args, query.query)]
@@ -145,7 +142,7 @@ def sample_candidates(args: argparse.Namespace, queries: list[Query]) -> bool:
                 kept = given.model_dump(include=set(Candidate.model_fields) - {"query_id"})
                 if given.id not in append.done and in_shard(args, given.query):
                     append(Candidate.model_validate(kept | label | {"source": given.source or file.name}))
-        for policy in policies_of(args):
+        for policy in settings["policies"]:
             sample_from(args, policy, queries, append)
     stage.finish()
     return False
@@ -512,6 +509,14 @@ def as_demonstration(args: argparse.Namespace, good: Judged) -> Demonstration:
     )  # fmt: skip
 
 
+def ledger(args: argparse.Namespace) -> dict:
+    """What the agents have cost in this run folder, or in those of all parts."""
+    folders, prices = args.merge or [args.run], (args.price_in, args.price_out)
+    parts = [llm.Store(folder / "answers.sqlite", prices).ledger(ROLES) for folder in folders]
+    outcomes = sum((Counter(part.pop("outcomes")) for part in parts), Counter())
+    return {name: sum(part[name] for part in parts) for name in parts[0]} | {"outcomes": outcomes}
+
+
 def main(args: argparse.Namespace) -> int:
     started = time.time()
     queries = read(args.queries, Query) if args.samples else []
@@ -552,8 +557,6 @@ def main(args: argparse.Namespace) -> int:
         fates[r.id] = ", ".join(roles) or f"{'accepted' if r.label else 'rejected'}: {alone}"
     write(args.run / "fates.jsonl", ({"id": i, "fate": fate} for i, fate in fates.items()))
     unequal = [len(good.response) > len(bad.response) for good, bad in pairs if length_gap((good, bad))]
-    prices = (args.price_in, args.price_out)
-    ledgers = [llm.Store(run / "answers.sqlite", prices).ledger(ROLES) for run in args.merge or [args.run]]
     figures = {
         "candidates": len(fates), "judged": len(judged) + failures.total(), "pairs": len(pairs), "sft": len(rows),
         "accepted": rate(sum(r.label for r in judged), len(judged)),
@@ -563,7 +566,7 @@ def main(args: argparse.Namespace) -> int:
         "longer_wins": rate(sum(unequal), len(unequal)),
         "longer_wins_in_all_possible_pairs": rate(sum(gap > 0 for gap in gaps), sum(gap != 0 for gap in gaps)),
         "within_20_percent": rate(sum(length_gap(pair) <= 0.2 for pair in pairs), len(pairs)),
-        "failures": failures, "fates": Counter(fates.values()), "ledger": llm.total(ledgers),
+        "failures": failures, "fates": Counter(fates.values()), "ledger": ledger(args),
         "seconds_by_phase": {"sample": round(sampled - started, 2), "judge": round(judging, 2)},
     }  # fmt: skip
     if given:

@@ -15,7 +15,7 @@ import re
 import sqlite3
 import sys
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Awaitable
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
@@ -214,28 +214,20 @@ def odd(text: str) -> int:
 
 def add_endpoint_flags(parser) -> None:
     """The flags of every script that talks to the agents' endpoint."""
-    group = parser.add_argument_group("agents' endpoint")
-    group.add_argument(
-        "--base-url", type=address, default="http://127.0.0.1:8000/v1", help="OpenAI-compatible endpoint (%(default)s)"
-    )
-    group.add_argument("--model", default="Qwen/Qwen2.5-32B-Instruct-AWQ", help="model of the agents (%(default)s)")
-    group.add_argument("--api-key-env", default="OPENAI_API_KEY", help="variable that holds the key (%(default)s)")
-    group.add_argument(
-        "--concurrency", type=positive, default=64, help="requests under way at once, at most (%(default)s)"
-    )
-    group.add_argument("--timeout", type=float, default=120, help="seconds for one attempt (%(default)s)")
-    group.add_argument("--attempts", type=positive, default=5, help="attempts at one question (%(default)s)")
-    group.add_argument("--votes", type=odd, default=1, help="verdicts asked for each greeting; the majority counts (1)")
-    group.add_argument(
-        "--graded", action="store_true", help="the judge under principles also gives the probability of its verdict, "
-        "where the endpoint returns logprobs; the judge reward of step 4 is then that",
-    )  # fmt: skip
-    group.add_argument("--price-in", type=float, default=0.0, help="money for a million prompt tokens")
-    group.add_argument("--price-out", type=float, default=0.0, help="money for a million answer tokens")
-    group.add_argument(
-        "--budget", type=float, help="stop when this run folder has cost so much: money with --price-*, tokens without"
-    )
-    group.add_argument("--prompts", type=Path, default=PROMPTS, help="folder of the prompts")
+    add = parser.add_argument_group("agents' endpoint").add_argument
+    add("--base-url", type=address, default="http://127.0.0.1:8000/v1", help="OpenAI-compatible endpoint (%(default)s)")
+    add("--model", default="Qwen/Qwen2.5-32B-Instruct-AWQ", help="model of the agents (%(default)s)")
+    add("--api-key-env", default="OPENAI_API_KEY", help="variable that holds the key (%(default)s)")
+    add("--concurrency", type=positive, default=64, help="requests under way at once, at most (%(default)s)")
+    add("--timeout", type=float, default=120, help="seconds for one attempt (%(default)s)")
+    add("--attempts", type=positive, default=5, help="attempts at one question (%(default)s)")
+    add("--votes", type=odd, default=1, help="verdicts asked for each greeting; the majority counts (1)")
+    add("--graded", action="store_true", help="where the endpoint returns logprobs: the judge under principles also "
+        "gives P(verdict = 1), and that is the judge reward of step 4")  # fmt: skip
+    add("--price-in", type=float, default=0.0, help="money for a million prompt tokens")
+    add("--price-out", type=float, default=0.0, help="money for a million answer tokens")
+    add("--budget", type=float, help="stop when this run folder has cost so much: money with --price-*, tokens without")
+    add("--prompts", type=Path, default=PROMPTS, help="folder of the prompts")
 
 
 def endpoint_name(args) -> tuple[str, str]:
@@ -322,13 +314,6 @@ class Store:
     def money(self, *tokens: int) -> float:
         """What so many input and output tokens cost."""
         return sum(count * price for count, price in zip(tokens, self.prices, strict=True)) / 1e6
-
-
-def total(ledgers: list[dict]) -> dict:
-    """The sum of the ledgers of several run folders."""
-    outcomes = sum((Counter(ledger["outcomes"]) for ledger in ledgers), Counter())
-    counts = {name: sum(ledger[name] for ledger in ledgers) for name in ledgers[0] if name != "outcomes"}
-    return counts | {"outcomes": dict(outcomes)}
 
 
 class Throttle:

@@ -315,7 +315,12 @@ def file_hash(path: Path | str) -> str:
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
     if not files:
         return ""
-    return digest(*(hashlib.sha256(p.read_bytes()).hexdigest() for p in files))
+    return digest(*map(_sha256, files))
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Stage:
