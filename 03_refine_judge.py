@@ -282,12 +282,8 @@ class Loop:
         )  # fmt: skip
         if after["kappa"] < before["kappa"]:
             return f"kappa on validation would fall from {before['kappa']:.3f} to {after['kappa']:.3f}"
-        fooled = [f["false_accept"]["value"] or 0 for f in (before, after)]
-        return (
-            f"red-team bank would be accepted more often: {fooled[0]:.1%} to {fooled[1]:.1%}"
-            if fooled[1] > fooled[0]
-            else ""
-        )
+        then, now = (f["false_accept"]["value"] or 0 for f in (before, after))
+        return f"red-team bank would be accepted more often: {then:.1%} to {now:.1%}" if now > then else ""
 
     async def refine(self) -> None:
         """All rounds. Killed and started again, they replay from the answer cache."""
