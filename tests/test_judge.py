@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -9,11 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, lines
-from endpoint import TOKENS, Reply, Served, chat, critic, endpoint, status
+from conftest import ROOT, lines, run_script
+from endpoint import TOKENS, Reply, Served, chat, critic, endpoint, spelled, status
 from test_llm import data_of
 
 from common.llm import read_rules
+from common.offline import tiny_policy
 from common.records import Labelled, read, split_labelled
 
 SCRIPT = "03_refine_judge.py"
@@ -156,6 +158,28 @@ def test_a_judge_that_always_says_yes_is_called_that(server: Served, tmp_path: P
     _, summary = refine(tmp_path / "run", labelled, server.url)
     final = summary["test"]["final"]
     assert summary["constant"] and final["kappa"] == 0 and final["false_accept"]["value"] == 1.0
+
+
+def test_a_grade_is_the_reward_of_step_4(server: Served, run: Path, tmp_path: Path) -> None:
+    """GRPO for one step against an endpoint with logprobs: the reward is P(verdict = 1), not the verdict."""
+
+    def graded(request: dict) -> Reply:
+        good = b"1" if len(data_of(request["messages"])["response"]) % 2 else b"0"
+        odds = {"1": 0.6, "0": 0.2} if good == b"1" else {"1": 0.1, "0": 0.9}
+        return spelled(b'{"reason": "', "好".encode(), b'", "verdict": ', good, b"}", at3=odds)
+
+    server.replies[:] = [graded]
+    flags = ["--reward", "judge", "--graded", "--run", tmp_path / "run", "--queries", run.parent / "queries.jsonl"]
+    flags += ["--policy", tiny_policy(), "--bits", 16, "--base-url", server.url, "--model", "m", "--steps", 1]
+    flags += ["--queries-per-step", 4, "--mini-batch", 4, "--micro-batch", 16, "--max-tokens", 24]
+    shutil.copytree(run / "policy_sft", tmp_path / "run/policy_sft")
+    shutil.copy(run / "principles.jsonl", tmp_path / "run/principles.jsonl")
+    done = run_script("04_grpo.py", *flags, NO_PROXY="127.0.0.1")
+    assert done.returncode == 0, done.stderr
+    rows = [row for row in lines(tmp_path / "run/rollouts_judge.jsonl") if row["response"].strip()]
+    assert len(rows) > 8
+    for row in rows:
+        assert row["reward"] == pytest.approx(0.75 if len(row["response"]) % 2 else 0.1), row
 
 
 @pytest.mark.parametrize(("flag", "silent"), [("--no-adversary", "generator"), ("--no-reflection", "reflector")])
