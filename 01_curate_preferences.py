@@ -11,6 +11,7 @@ Paper   arXiv 2508.21476, the multi-agent refined reward. Departures: pairs are 
         text wins as often as it loses (in the released pairs it wins 96% of the time); a judgement that fails is
         recorded as failed and never counts as a verdict.
 Example python 01_curate_preferences.py --offline --run outputs/mine
+        python 01_curate_preferences.py --shard 1/3 --run outputs/part1    # and --merge, for more than one machine
 """
 
 import argparse
