@@ -11,6 +11,7 @@ Paper   arXiv 2508.21476, the multi-agent refined reward. Departures: pairs are 
         text wins as often as it loses (in the released pairs it wins 96% of the time); a judgement that fails is
         recorded as failed and never counts as a verdict.
 Example python 01_curate_preferences.py --offline --run outputs/mine
+        python 01_curate_preferences.py --shard 1/3 --run outputs/part1    # and --merge, for more than one machine
 """
 
 import argparse
@@ -59,7 +60,7 @@ OFFLINE = {
     "bits": 16, "samples": 7, "temperature": [0.7], "max_tokens": 48, "batch_size_generate": 256, "max_copied": 1.0,
 }  # fmt: skip
 ROLES = ["positive", "negative", "judge", "reflect"]
-INDEX = ROOT / "outputs" / "index"  # embeddings of references, shared by every run
+INDEX = ROOT / "outputs" / "index"  # neighbours of queries, embeddings of references; shared by every run
 OPENING = 0.06  # of the SFT rows may begin with the same two characters; in the released data 38% begin with 亲爱
 
 
@@ -69,6 +70,9 @@ def parse_args() -> argparse.Namespace:
     add("--queries", type=Path, default=ROOT / "data/queries.jsonl", help="{query} (data/queries.jsonl)")
     add("--references", type=Path, default=ROOT / "data/references.jsonl", help="{query, response, popularity?}")
     add("--candidates", type=Path, nargs="*", default=[], help="files of {query, response} to judge too")
+    add("--shard", type=shard, help="I/N: only the queries of the I-th of N parts, in a run folder of its own")
+    add("--merge", type=Path, nargs="+", help="run folders of all N parts: what one run would have written, in --run; "
+        "every other flag as it was for the parts")  # fmt: skip
     add("--policies", nargs="*", default=[], help="further policies to sample: models, or adapter folders of step 4")
     add("--samples", type=int, default=4, help="candidates a query, policy and temperature (%(default)s)")
     add("--temperature", type=float, nargs="+", default=[1.0], help="of the policies; one or several (1.0)")
@@ -89,10 +93,35 @@ def parse_args() -> argparse.Namespace:
     args = parse(parser, OFFLINE)
     if not args.samples and not args.candidates:
         fail("--samples 0 leaves nothing to judge; name files with --candidates")
+    if args.shard and args.merge:
+        fail("--shard makes one part, --merge puts all of them together: leave one of the two out")
     return args
 
 
+def shard(text: str) -> tuple[int, int]:
+    """argparse type: "2/3" is (2, 3)."""
+    part, _, parts = text.partition("/")
+    if positive(part) > positive(parts):
+        raise argparse.ArgumentTypeError(f"{text}: there are only {parts} parts")
+    return int(part), int(parts)
+
+
 # ---- candidates -----------------------------------------------------------------------------------------------------
+
+
+def candidate_settings(args: argparse.Namespace) -> dict:
+    policies = [models.policy_path(args), *args.policies] if args.samples else []
+    return {
+        "seed": args.seed, "queries": file_hash(args.queries), "policies": policies, "bits": args.bits,
+        "samples": args.samples, "temperature": args.temperature, "max_tokens": args.max_tokens,
+        "batch": args.batch_size_generate,
+        "prompts": llm.prompt_hashes(["policy"], args.prompts), "files": [file_hash(p) for p in args.candidates],
+    }  # fmt: skip
+
+
+def in_shard(args: argparse.Namespace, query: str) -> bool:
+    """Whether a query, with all its candidates, belongs to the part that --shard names."""
+    return not args.shard or int(digest(query), 16) % args.shard[1] == args.shard[0] - 1
 
 
 def sample_candidates(args: argparse.Namespace, queries: list[Query]) -> bool:
@@ -100,17 +129,11 @@ def sample_candidates(args: argparse.Namespace, queries: list[Query]) -> bool:
 
     Goes on where it was. Returns whether all of it was there already.
     """
-    policies = [models.policy_path(args), *args.policies] if args.samples else []
-    stage = Stage(
-        args.run, "01_candidates", ["candidates.jsonl"],
-        {"seed": args.seed, "queries": file_hash(args.queries), "policies": policies, "bits": args.bits,
-         "samples": args.samples, "temperature": args.temperature, "max_tokens": args.max_tokens,
-         "batch": args.batch_size_generate,
-         "prompts": llm.prompt_hashes(["policy"], args.prompts), "files": [file_hash(p) for p in args.candidates]},
-        args.redo,
-    )  # fmt: skip
+    settings, part = candidate_settings(args), {"shard": args.shard} if args.shard else {}
+    stage = Stage(args.run, "01_candidates", ["candidates.jsonl"], settings | part, args.redo)
     if stage.done:
         return True
+    queries = [query for query in queries if in_shard(args, query.query)]
     llm.Client.probe(args, args.run)  # greetings that nobody can judge are not worth the sampling
     with Appender(args.run / "candidates.jsonl") as append:
         for file in args.candidates:
@@ -118,9 +141,9 @@ def sample_candidates(args: argparse.Namespace, queries: list[Query]) -> bool:
                 known = getattr(given, "given_label", getattr(given, "label", None))
                 label = {} if known is None else {"given_label": known}
                 kept = given.model_dump(include=set(Candidate.model_fields) - {"query_id"})
-                if given.id not in append.done:
+                if given.id not in append.done and in_shard(args, given.query):
                     append(Candidate.model_validate(kept | label | {"source": given.source or file.name}))
-        for policy in policies:
+        for policy in settings["policies"]:
             sample_from(args, policy, queries, append)
     stage.finish()
     return False
@@ -155,26 +178,27 @@ def sample_from(args: argparse.Namespace, policy: str, queries: list[Query], app
                 ))  # fmt: skip
 
 
-def screen(args: argparse.Namespace, references: list[Reference]) -> dict[str, str]:
-    """Candidate id -> why it is not worth a judgement: a duplicate, a near-duplicate, or a copy of a reference."""
+def screen(args: argparse.Namespace, references: list[Reference]) -> Iterator[tuple[Candidate, str]]:
+    """Every candidate, and why it is not worth a judgement: a duplicate, a near-duplicate, a copy; "" where it is."""
     where: dict[str, list[int]] = {}  # run of 6 characters -> references that hold it
     for number, reference in enumerate(references if args.max_copied < 1 else []):
         for run in grams(reference.response, 6):
             where.setdefault(run, []).append(number)
-    reasons, seen = {}, {}
+    seen: dict[str, list[str]] = {}
     for candidate in stream(args.run / "candidates.jsonl", Candidate):
         text, earlier = candidate.response, seen.setdefault(candidate.query, [])
-        runs = grams(text, 6)
+        runs = grams(text, 6) if where else set()
         copied = Counter(number for run in runs for number in where.get(run, ()))
+        reason = ""
         if text in earlier:
-            reasons[candidate.id] = "duplicate"
+            reason = "duplicate"
         elif args.max_similar < 1 and any(similarity(text, other) > args.max_similar for other in earlier):
-            reasons[candidate.id] = "near-duplicate"
+            reason = "near-duplicate"
         elif copied and max(copied.values()) > args.max_copied * len(runs):
-            reasons[candidate.id] = "copies a reference"
+            reason = "copies a reference"
         else:
             earlier.append(text)
-    return reasons
+        yield candidate, reason
 
 
 def grams(text: str, n: int) -> set[str]:
@@ -204,7 +228,7 @@ class Retrieval:
         self.references, self.k = references, args.examples
         self.wider = min(len(references), self.WIDER * self.k + 20)
         known = digest(args.embedding_model, self.wider, [(r.id, r.query) for r in references])
-        path = INDEX / f"{known}.json"
+        path = INDEX / f"{known}{'-{}-of-{}'.format(*args.shard) if args.shard else ''}.json"
         self.nearest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if new := [query for query in queries if query not in self.nearest]:
             self.look_up(args.embedding_model, new, INDEX / f"{known}.npy")
@@ -256,48 +280,51 @@ async def judge_one(
     try:
         if not args.no_debate:
             sides = (client.ask(role, llm.Points, **seen) for role in ("positive", "negative"))
-            for heard in await asyncio.gather(*sides, return_exceptions=True):  # one that fails lets the other end
-                if isinstance(heard, BaseException):
+            for heard in await llm.settled(*sides):  # one that fails lets the other end
+                if isinstance(heard, llm.Unusable):
                     raise heard
                 answers.append(heard)
             record.positive, record.negative = answers[0].points, answers[1].points
         debate = {"positive": record.positive, "negative": record.negative}
+        heard = []  # of each vote: what Judge says, what stands after Reflect
         for sample in range(args.votes):
             vote = {"sample": sample, "temperature": 0.7 if sample else 0.0}
-            answers.append(verdict := await client.ask("judge", llm.Verdict, **seen, **debate, **vote))
-            judge = verdict.model_dump()
-            record.judge = record.judge or judge
+            answers.append(judge := await client.ask("judge", llm.Verdict, **seen, **debate, **vote))
             if not args.no_reflect:
-                answers.append(
-                    verdict := await client.ask("reflect", llm.Verdict, **seen, **debate, judge=judge, **vote)
-                )
-                record.reflect = record.reflect or verdict.model_dump()
-            record.votes.append(verdict.verdict)
+                said = seen | debate | vote | {"judge": judge.model_dump()}
+                answers.append(await client.ask("reflect", llm.Verdict, **said))
+            heard.append((judge, answers[-1]))
+        record.judge_votes, record.votes = ([vote[i].verdict for vote in heard] for i in (0, 1))
         record.label = int(2 * sum(record.votes) > args.votes)
+        judge, verdict = next(vote for vote in heard if vote[1].verdict == record.label)
+        record.judge, record.reflect = judge.model_dump(), None if args.no_reflect else verdict.model_dump()
     except llm.Unusable as e:
         record.error = str(e)
     record.input_tokens, record.output_tokens = (sum(a.tokens[i] for a in answers) for i in (0, 1))
     return record
 
 
-def judge_candidates(args: argparse.Namespace, references: list[Reference], screened: dict[str, str]) -> float | None:
+def judgement_settings(args: argparse.Namespace) -> dict:
+    roles = ROLES[2 * args.no_debate : 4 - args.no_reflect]
+    return {
+        "references": file_hash(args.references), "endpoint": llm.endpoint_name(args), "examples": args.examples,
+        "embedding": args.embedding_model, "seed": args.seed, "votes": args.votes, "max_similar": args.max_similar,
+        "max_copied": args.max_copied, "no_retrieval": args.no_retrieval, "no_debate": args.no_debate,
+        "no_reflect": args.no_reflect, "prompts": llm.prompt_hashes(roles, args.prompts),
+    }  # fmt: skip
+
+
+def judge_candidates(args: argparse.Namespace, references: list[Reference]) -> tuple[float, dict[str, str]] | None:
     """Write judgements.jsonl, one line a candidate as its verdict comes; goes on where it was.
 
-    Returns the seconds that the agents took; None where all of it was there already.
+    Returns the seconds that the agents took, and why some candidates were not judged; None where all of it was there
+    already.
     """
     from tqdm import tqdm
 
-    roles = ROLES[2 * args.no_debate : 4 - args.no_reflect]
-    prompts = llm.prompt_hashes(roles, args.prompts)
-    stage = Stage(
-        args.run, "01_judgements", ["judgements.jsonl"],
-        {"candidates": file_hash(args.run / "candidates.jsonl"), "references": file_hash(args.references),
-         "endpoint": llm.endpoint_name(args), "examples": args.examples, "embedding": args.embedding_model,
-         "seed": args.seed, "votes": args.votes, "max_similar": args.max_similar, "max_copied": args.max_copied,
-         "no_retrieval": args.no_retrieval, "no_debate": args.no_debate, "no_reflect": args.no_reflect,
-         "prompts": prompts},
-        args.redo,
-    )  # fmt: skip
+    settings = judgement_settings(args)
+    candidates = {"candidates": file_hash(args.run / "candidates.jsonl")}
+    stage = Stage(args.run, "01_judgements", ["judgements.jsonl"], settings | candidates, args.redo)
     if stage.done:
         return None
     path, failed = args.run / "judgements.jsonl", 0
@@ -306,23 +333,23 @@ def judge_candidates(args: argparse.Namespace, references: list[Reference], scre
     if path.stat().st_size and any(record.error for record in stream(path, Judgement)):  # asked again
         write(path, (record for record in stream(path, Judgement) if not record.error))
     with Appender(path) as append:
-
-        def todo() -> Iterator[Candidate]:
-            for candidate in stream(args.run / "candidates.jsonl", Candidate):
-                if candidate.id not in screened and candidate.id not in append.done:
-                    yield candidate
-
-        asked = Counter(candidate.query for candidate in todo())
+        screened, asked = {}, Counter()
+        for candidate, reason in screen(args, references):
+            if reason:
+                screened[candidate.id] = reason
+            elif candidate.id not in append.done:
+                asked[candidate.query] += 1
         retrieve = None if args.no_retrieval else Retrieval(args, references, list(asked))
         judging = time.time()
 
         async def judge_all() -> None:
-            queue = todo()
+            everything = stream(args.run / "candidates.jsonl", Candidate)
+            queue = (c for c in everything if c.id not in screened and c.id not in append.done)
 
             async def worker() -> None:
                 for candidate in queue:  # the workers share one iterator: nobody waits for the slowest
                     examples = retrieve(candidate.query, candidate.response) if retrieve else []
-                    record = await judge_one(args, client, prompts, examples, candidate)
+                    record = await judge_one(args, client, settings["prompts"], examples, candidate)
                     append(record)
                     nonlocal failed
                     failed += record.error is not None
@@ -335,7 +362,53 @@ def judge_candidates(args: argparse.Namespace, references: list[Reference], scre
             asyncio.run(judge_all())
     if not failed:
         stage.finish()
-    return time.time() - judging
+    return time.time() - judging, screened
+
+
+def merge(args: argparse.Namespace) -> bool:
+    """Write candidates.jsonl and judgements.jsonl from those of all shards; returns whether they were there already.
+
+    Refused is what one run could not have written: a part that is missing, unfinished or there twice, parts made with
+    other settings, prompts or models than this call names, and a candidate that is in two of them.
+    """
+    wanted, parts = [candidate_settings(args), judgement_settings(args)], []
+    for folder in args.merge:
+        files = [folder / "stages" / f"01_{name}.json" for name in ("candidates", "judgements", "pairs")]
+        if not all(file.is_file() for file in files):
+            fail(f"{folder} holds no finished shard; make it with: --shard I/N --run {folder}")
+        stages = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        *made, pairs = (stage["settings"] for stage in stages)
+        if not stages[2]["done"] or pairs["judgements"] != file_hash(folder / "judgements.jsonl"):
+            fail(f"{folder} is not finished; run it again, to its end, before --merge")
+        parts.append(tuple(made[0].pop("shard", (1, 1))))
+        del made[1]["candidates"]
+        for ours, theirs in zip(json.loads(json.dumps(wanted, default=str)), made, strict=True):
+            for key in sorted(ours.keys() | theirs.keys()):
+                if ours.get(key) != theirs.get(key):
+                    fail(f"{folder} was made with {key}={theirs.get(key)}, this call has {key}={ours.get(key)}: the "
+                         "parts and --merge need the same flags and files")  # fmt: skip
+    count = parts[0][1]
+    if sorted(parts) != [(n + 1, count) for n in range(count)]:
+        given = ", ".join(f"{part}/{of}" for part, of in parts)
+        fail(f"--merge needs each of the parts 1/{count} to {count}/{count} once; these are {given}")
+
+    outputs = {"candidates.jsonl": Candidate, "judgements.jsonl": Judgement}
+    made_of = [file_hash(folder / name) for folder in args.merge for name in outputs]
+    stage = Stage(args.run, "01_merged", list(outputs), {"parts": made_of}, args.redo)
+    if stage.done:
+        return True
+    for name, kind in outputs.items():
+        first: dict[str, Path] = {}
+        with Appender(args.run / name) as append:
+            for folder in args.merge:
+                for record in stream(folder / name, kind):
+                    if record.id in first:
+                        fail(f"{folder / name} and {first[record.id] / name} both hold {record.id}; make one again")
+                    first[record.id] = folder
+                    if record.id not in append.done:
+                        append(record)
+    stage.finish()
+    return False
 
 
 # ---- rejection sampling: pairs and demonstrations -------------------------------------------------------------------
@@ -412,8 +485,8 @@ def choose_demonstrations(judged: list[Judged]) -> list[Judged]:
         if record.label == 1:
             groups.setdefault(record.query_id, []).append(record)
     openings, chosen = Counter(), []
-    for group in groups.values():
-        for record in sorted(group, key=lambda r: -r.strengths):
+    for _, group in sorted(groups.items()):  # whatever the order in which the verdicts came
+        for record in sorted(group, key=lambda r: (-r.strengths, r.id)):
             if openings[record.response[:2]] < max(1, int(OPENING * len(groups))):
                 openings[record.response[:2]] += 1
                 chosen.append(record)
@@ -437,25 +510,33 @@ def as_demonstration(args: argparse.Namespace, good: Judged) -> Demonstration:
     )  # fmt: skip
 
 
+def ledger(args: argparse.Namespace) -> dict:
+    """What the agents have cost in this run folder, or in those of all parts."""
+    folders, prices = args.merge or [args.run], (args.price_in, args.price_out)
+    parts = [llm.Store(folder / "answers.sqlite", prices).ledger(ROLES) for folder in folders]
+    outcomes = sum((Counter(part.pop("outcomes")) for part in parts), Counter())
+    return {name: sum(part[name] for part in parts) for name in parts[0]} | {"outcomes": outcomes}
+
+
 def main(args: argparse.Namespace) -> int:
     started = time.time()
     queries = read(args.queries, Query) if args.samples else []
     references = read(args.references, Reference)
     open_run(args.run)
-    done, sampled = sample_candidates(args, queries), time.time()
-    screened = screen(args, references)
-    judging = judge_candidates(args, references, screened)
+    done, sampled = merge(args) if args.merge else sample_candidates(args, queries), time.time()
+    judged_now = None if args.merge else judge_candidates(args, references)
     stage = Stage(
         args.run, "01_pairs", ["preferences.jsonl", "sft.jsonl", "fates.jsonl", "01_summary.json"],
         {"judgements": file_hash(args.run / "judgements.jsonl"), "uses": args.uses,
          "prompts": llm.prompt_hashes(["policy"], args.prompts)},
         redo=True,  # nothing is lost: what these are made from is kept
     )  # fmt: skip
-    if done and judging is None and stage.done:
+    if done and judged_now is None and stage.done:
         print(f"01: done already, see {args.run / '01_summary.json'}")
         return 0
 
-    judged, fates, failures, audits, votes, given = [], dict(screened), Counter(), [], [], []
+    judging, fates = judged_now or (0.0, {c.id: reason for c, reason in screen(args, references) if reason})
+    judged, failures, audits, votes, given = [], Counter(), [], [], []
     for r in stream(args.run / "judgements.jsonl", Judgement):
         if r.label is None:
             failures[r.error] += 1
@@ -463,7 +544,7 @@ def main(args: argparse.Namespace) -> int:
             continue
         why, strengths = (r.reflect or r.judge)["reason"], len(r.positive) - len(r.negative)
         judged.append(Judged(r.id, r.query_id, r.query, r.response, r.label, strengths, why))
-        audits += [(r.judge["verdict"], r.reflect["verdict"])] if r.reflect else []
+        audits += zip(r.judge_votes, r.votes, strict=True) if r.reflect else []
         votes.append(max(sum(r.votes), len(r.votes) - sum(r.votes)))
         given += [(r.given_label, r.label)] if hasattr(r, "given_label") else []
     (pairs, left_out, gaps), rows = choose_pairs(args, judged), choose_demonstrations(judged)
@@ -477,7 +558,6 @@ def main(args: argparse.Namespace) -> int:
         fates[r.id] = ", ".join(roles) or f"{'accepted' if r.label else 'rejected'}: {alone}"
     write(args.run / "fates.jsonl", ({"id": i, "fate": fate} for i, fate in fates.items()))
     unequal = [len(good.response) > len(bad.response) for good, bad in pairs if length_gap((good, bad))]
-    ledger = llm.Store(args.run / "answers.sqlite").ledger(ROLES)
     figures = {
         "candidates": len(fates), "judged": len(judged) + failures.total(), "pairs": len(pairs), "sft": len(rows),
         "accepted": rate(sum(r.label for r in judged), len(judged)),
@@ -487,9 +567,8 @@ def main(args: argparse.Namespace) -> int:
         "longer_wins": rate(sum(unequal), len(unequal)),
         "longer_wins_in_all_possible_pairs": rate(sum(gap > 0 for gap in gaps), sum(gap != 0 for gap in gaps)),
         "within_20_percent": rate(sum(length_gap(pair) <= 0.2 for pair in pairs), len(pairs)),
-        "failures": failures, "fates": Counter(fates.values()), "ledger": ledger,
-        "money": round(llm.money(args, ledger["input_tokens"], ledger["output_tokens"]), 4),
-        "seconds_by_phase": {"sample": round(sampled - started, 2), "judge": round(judging or 0.0, 2)},
+        "failures": failures, "fates": Counter(fates.values()), "ledger": ledger(args),
+        "seconds_by_phase": {"sample": round(sampled - started, 2), "judge": round(judging, 2)},
     }  # fmt: skip
     if given:
         figures["agreement_with_given_labels"] = agreement(*zip(*given, strict=True))
@@ -500,7 +579,8 @@ def main(args: argparse.Namespace) -> int:
     print(f"01: {figures['judged']} greetings judged, {accepted:.0%} accepted; {len(pairs)} pairs, {longer}; "
           f"{len(rows)} SFT rows in {args.run}")  # fmt: skip
     if failures:
-        print(f"01: {failures.total()} judgements failed, {dict(failures)}; run again to ask them again")
+        again = "run their parts again, and --merge with --redo," if args.merge else "run again"
+        print(f"01: {failures.total()} judgements failed, {dict(failures)}; {again} to ask them again")
         return 3
     if not pairs:
         print("01: no query has both an accepted and a rejected candidate: no pairs; raise --samples or --temperature")

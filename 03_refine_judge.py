@@ -23,8 +23,11 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import TypeVar
+
+import jsonlines
 
 from common import llm, models
 from common.records import (
@@ -43,7 +46,6 @@ from common.records import (
     positive,
     rate,
     read,
-    read_summary,
     split_labelled,
     write,
     write_summary,
@@ -54,6 +56,8 @@ ROLES = ["detector", "generator", "reflector", "optimiser"]
 MOST_RULES = 10
 QUOTED = 10  # characters in a row that a rule and a labelled greeting may not share
 DECIDED = 0.8  # share of the rows that must have a verdict for a round to be decided
+Verdicts = tuple[list[int | None], list[int | None]]  # on labelled rows, on a bank of attacks; None where none came
+A = TypeVar("A", bound=llm.Answer)
 
 # Attacks that no principle should let pass, made from a good greeting and another query's good greeting.
 BANK: dict[str, Callable[[str, str], str]] = {
@@ -109,45 +113,50 @@ def fixed_attacks(args: argparse.Namespace, references: list[Reference], held_ou
         own = getattr(good, "occasion", good.query)
         other = rng.choice([r for r in references if getattr(r, "occasion", r.query) != own])
         attack = BANK[kind](good.response, other.response)
-        bank.append({"query": good.query, "response": attack, "source": "fixed", "attack": kind})
+        if attack != good.response:  # too short to be spoilt in this way
+            bank.append({"query": good.query, "response": attack, "source": "fixed", "attack": kind})
     return bank
 
 
 class Loop:
     """What the rounds change: the principles, the strategies, the red-team bank, and the record of versions."""
 
-    def __init__(self, args: argparse.Namespace, client: llm.Client, parts: dict, references: list[Reference]):
-        self.args, self.client, self.parts, self.references = args, client, parts, references
+    def __init__(self, args: argparse.Namespace, client: llm.Client, parts: dict, references: list, queries: list):
+        self.args, self.client, self.parts, self.references, self.queries = args, client, parts, references, queries
         self.principles = llm.read_rules(args.principles)
         self.strategies = llm.read_rules(args.prompts / "strategies.md")
         self.bank, self.versions, self.failures = fixed_attacks(args, references, held_out=False), [], Counter()
+        self.calls: dict[str, tuple[int, int]] = {}  # tokens of every call that this loop rests on, each once
         labelled = [row.response for rows in parts.values() for row in rows]
         self.quotable = {text[i : i + QUOTED] for text in labelled for i in range(len(text) - QUOTED + 1)}
 
-    async def verdicts(self, rows: list, principles: list[str], sample: int = 0) -> list[int | None]:
-        """The Detector's verdicts on rows with query and response; None where it gave none.
+    async def heard(self, asking: Awaitable[A]) -> A | None:
+        """The answer, its tokens counted; None where none came, the reason counted."""
+        try:
+            answer = await asking
+        except llm.Unusable as e:
+            self.failures[str(e)] += 1
+            return None
+        self.calls |= answer.calls
+        return answer
 
-        Another `sample` asks the same question anew, at the same temperature.
-        """
+    async def verdicts(self, rows: list, principles: list[str], again: int = 0) -> list[int | None]:
+        """The Detector's verdicts on rows with query and response; None where it gave none. `again` asks them anew."""
 
         async def one(query: str, response: str) -> int | None:
-            try:
-                return (await llm.judge(self.client, query, response, principles, sample, temperature=0.0)).verdict
-            except llm.Unusable as e:
-                self.failures[str(e)] += 1
-                return None
+            verdict = await self.heard(llm.judge(self.client, query, response, principles, again))
+            return verdict.verdict if verdict else None
 
         pairs = [(r["query"], r["response"]) if isinstance(r, dict) else (r.query, r.response) for r in rows]
         return await llm.together(*(one(*pair) for pair in pairs))
 
-    async def measure(self, principles: list[str], part: str, bank: list[dict]) -> dict:
-        """Agreement with the labels of a part, and how often a bank of attacks is accepted; `verdicts` of both too."""
-        rows = self.parts[part]
-        on_rows, on_bank = await self.verdicts(rows, principles), await self.verdicts(bank, principles)
-        return self.figures(part, on_rows, on_bank) | {"verdicts": (on_rows, on_bank)}
+    async def judged(self, principles: list[str], part: str, bank: list[dict]) -> Verdicts:
+        """Verdicts on a part of the labelled rows and on a bank of attacks."""
+        return await self.verdicts(self.parts[part], principles), await self.verdicts(bank, principles)
 
-    def figures(self, part: str, on_rows: list[int | None], on_bank: list[int | None]) -> dict:
-        """Agreement and false accepts from verdicts on a part and on a bank."""
+    def figures(self, part: str, verdicts: Verdicts) -> dict:
+        """Agreement with the labels of a part, and how often a bank of attacks is accepted."""
+        on_rows, on_bank = verdicts
         accepted = [verdict for verdict in on_bank if verdict is not None]
         found = agreement([r.label for r in self.parts[part]], on_rows)
         return found | {"false_accept": rate(sum(accepted), len(accepted))}
@@ -160,18 +169,12 @@ class Loop:
         async def one(i: int, query: Query) -> dict | None:
             examples = [{"query": r.query, "response": r.response} for r in rng.sample(self.references, 2)]
             strategy = strategies[i % len(strategies)]
-            try:
-                flawed = await self.client.ask(
-                    "generator",
-                    llm.FlawedGreeting,
-                    temperature=0.7,
-                    query=query.query,
-                    examples=examples,
-                    strategy=strategy,
-                )
-                verdict = await llm.judge(self.client, query.query, flawed.response, self.principles)
-            except llm.Unusable as e:
-                self.failures[str(e)] += 1
+            flawed = await self.heard(self.client.ask(
+                "generator", llm.FlawedGreeting, temperature=0.7, query=query.query, examples=examples,
+                strategy=strategy,
+            ))  # fmt: skip
+            verdict = flawed and await self.heard(llm.judge(self.client, query.query, flawed.response, self.principles))
+            if not verdict:
                 return None
             found = {"query": query.query, "response": flawed.response, "flaw": flawed.flaw, "strategy": strategy}
             return found | {"reason": verdict.reason, "fooled": verdict.verdict == 1}
@@ -180,54 +183,50 @@ class Loop:
 
     async def confirmed(self, attack: dict) -> bool:
         """A second look, with the flaw named: is the greeting really flawed?"""
-        verdict = await self.verdicts([attack], [*self.principles, attack["flaw"]])
-        return verdict == [0]
+        return await self.verdicts([attack], [*self.principles, attack["flaw"]]) == [0]
 
     async def reflect(self, number: int) -> list[str]:
         """What the Reflector learns from the Detector's mistakes on a batch of labelled rows and on the bank."""
         rng = random.Random(digest(self.args.seed, "batch", number))
         batch = rng.sample(self.parts["reflect"], min(self.args.batch, len(self.parts["reflect"])))
-
         rows = [(row.query, row.response, row.label) for row in batch]
         rows += [(attack["query"], attack["response"], 0) for attack in rng.sample(self.bank, min(6, len(self.bank)))]
 
-        async def one(query: str, response: str, expected: int) -> str | None:
-            try:
-                verdict = await llm.judge(self.client, query, response, self.principles)
-                if verdict.verdict == expected:
-                    return None
-                lesson = await self.client.ask(
-                    "reflector", llm.Lesson, query=query, response=response, expected=expected,
-                    verdict=verdict.verdict, reason=verdict.reason, principles=self.principles,
-                )  # fmt: skip
-            except llm.Unusable as e:
-                self.failures[str(e)] += 1
+        async def one(query: str, response: str, expected: int) -> llm.Lesson | None:
+            verdict = await self.heard(llm.judge(self.client, query, response, self.principles))
+            if not verdict or verdict.verdict == expected:
                 return None
-            return lesson.lesson
+            return await self.heard(self.client.ask(
+                "reflector", llm.Lesson, query=query, response=response, expected=expected,
+                verdict=verdict.verdict, reason=verdict.reason, principles=self.principles,
+            ))  # fmt: skip
 
-        return [lesson for lesson in await llm.together(*(one(*row) for row in rows)) if lesson]
+        return [answer.lesson for answer in await llm.together(*(one(*row) for row in rows)) if answer]
 
     async def optimise(self, kind: str, rules: list[str], feedback: list[str]) -> list[str]:
         """At most ten rules rewritten from the feedback; the old ones where there is none or no usable answer."""
         if not feedback:
             return rules
         counted = [f"{item}（{times} 次）" for item, times in Counter(feedback).items()]
-        try:
-            answer = await self.client.ask("optimiser", llm.Rules, kind=kind, rules=rules, feedback=counted)
-        except llm.Unusable as e:
-            self.failures[str(e)] += 1
+        answer = await self.heard(self.client.ask("optimiser", llm.Rules, kind=kind, rules=rules, feedback=counted))
+        if not answer:
             return rules
         new = dict.fromkeys(" ".join(rule.split()) for rule in answer.rules if rule.strip())
         quotes = [rule for rule in new if any(rule[i : i + QUOTED] in self.quotable for i in range(len(rule)))]
         self.failures["a rule that quotes a labelled greeting"] += len(quotes)
         return [rule for rule in new if rule not in quotes][:MOST_RULES] or rules
 
-    def record(self, number: int, principles: list[str], figures: dict, accepted: bool, why: str) -> None:
-        shown = {name: figure for name, figure in figures.items() if name != "verdicts"}
+    def record(self, number: int, principles: list[str], validation: dict, accepted: bool, why: str) -> None:
+        """Add a version and write the files. Its tokens are those of the answers used, whether paid for now or before:
+        a run that was killed and replayed ends with the same file."""
+        before = self.versions[-1]["tokens"]["so_far"] if self.versions else [0, 0]
+        so_far = [sum(used[side] for used in self.calls.values()) for side in (0, 1)]
         self.versions.append({
             "version": len(self.versions), "round": number, "principles": principles, "strategies": self.strategies,
-            "validation": shown, "bank": len(self.bank), "accepted": accepted, "why": why, "model": self.client.model,
-            "prompts": llm.prompt_hashes(ROLES, self.args.prompts),
+            "validation": validation, "bank": len(self.bank), "accepted": accepted, "why": why,
+            "model": self.client.model, "prompts": llm.prompt_hashes(ROLES, self.args.prompts),
+            "tokens": {"round": [now - then for now, then in zip(so_far, before, strict=True)], "so_far": so_far},
+            "failures": dict(self.failures),
         })  # fmt: skip
         write(self.args.run / "principles.jsonl", self.versions)
         write(self.args.run / "redteam.jsonl", self.bank)
@@ -244,15 +243,15 @@ class Loop:
             if not known and await self.confirmed(attack):
                 self.bank.append({k: attack[k] for k in ("query", "response", "flaw")} | {"source": f"round {number}"})
 
-        if proposed == self.principles:
-            self.record(number, proposed, current, False, "no change proposed")
-        else:
-            old = await self.measure(self.principles, "validation", self.bank)  # again: the bank may have grown
-            new = await self.measure(proposed, "validation", self.bank)
-            why = self.objection(old, new)
-            current = old if why else new
-            self.record(number, proposed, new, not why, why or "agreement and red-team bank no worse")
-            self.principles = self.principles if why else proposed
+        shown, accepted, why = current, False, "no change proposed"
+        if proposed != self.principles:
+            old = await self.judged(self.principles, "validation", self.bank)  # again: the bank may have grown
+            new = await self.judged(proposed, "validation", self.bank)
+            objection = self.objection(old, new)
+            accepted, why = not objection, objection or "agreement and red-team bank no worse"
+            shown = self.figures("validation", new)
+            current = shown if accepted else self.figures("validation", old)
+            self.principles = proposed if accepted else self.principles
 
         if attacks:
             hints = [f"被识破：{a['strategy']}。评审的理由：{a['reason']}" for a in attacks if not a["fooled"]]
@@ -262,19 +261,20 @@ class Loop:
             before = await self.verdicts(attacks, self.principles)  # both against the Detector as it is now
             if again and sum(a["fooled"] for a in again) / len(again) >= sum(v or 0 for v in before) / len(before):
                 self.strategies = strategies
+        self.record(number, proposed, shown, accepted, why)
         return current
 
-    def objection(self, old: dict, new: dict) -> str:
+    def objection(self, old: Verdicts, new: Verdicts) -> str:
         """Why new principles may not replace the old; "" if they may."""
         if self.args.no_acceptance:
             return ""
-        pairs = [list(zip(*sides, strict=True)) for sides in zip(old["verdicts"], new["verdicts"], strict=True)]
+        pairs = [list(zip(*sides, strict=True)) for sides in zip(old, new, strict=True)]
         heard = [[None not in pair for pair in some] for some in pairs]
         if any(sum(some) < DECIDED * len(some) for some in heard):
             return f"only {sum(map(sum, heard))} of {sum(map(len, heard))} rows have a verdict of both: not decided"
         # On the same rows: those that only one of the two has judged say nothing about which is better.
         before, after = (
-            self.figures("validation", *(
+            self.figures("validation", tuple(
                 [pair[side] if both else None for pair, both in zip(some, kept, strict=True)]
                 for some, kept in zip(pairs, heard, strict=True)
             ))
@@ -282,57 +282,59 @@ class Loop:
         )  # fmt: skip
         if after["kappa"] < before["kappa"]:
             return f"kappa on validation would fall from {before['kappa']:.3f} to {after['kappa']:.3f}"
-        fooled = [f["false_accept"]["value"] or 0 for f in (before, after)]
-        return (
-            f"red-team bank would be accepted more often: {fooled[0]:.1%} to {fooled[1]:.1%}"
-            if fooled[1] > fooled[0]
-            else ""
-        )
+        then, now = (f["false_accept"]["value"] or 0 for f in (before, after))
+        return f"red-team bank would be accepted more often: {then:.1%} to {now:.1%}" if now > then else ""
 
+    async def refine(self) -> None:
+        """All rounds. Killed and started again, they replay from the answer cache."""
+        from tqdm import tqdm
 
-async def refine(args: argparse.Namespace, parts: dict, references: list[Reference], queries: list[Query]) -> dict:
-    """All rounds and the final report on the test part. Killed and started again, it replays from the answer cache."""
-    from tqdm import tqdm
-
-    async with llm.Client(args, args.run) as client:
-        loop = Loop(args, client, parts, references)
-        loop.queries = queries
-        seed = loop.principles
-        current = await loop.measure(seed, "validation", loop.bank)
-        loop.record(0, seed, current, True, "the seed")
+        current = self.figures("validation", await self.judged(self.principles, "validation", self.bank))
+        self.record(0, self.principles, current, True, "the seed")
         idle = 0
-        bar = tqdm(range(1, args.rounds + 1), desc="rounds", unit="round")
-        for number in bar:
-            current = await loop.round(number, current)
-            idle = 0 if loop.versions[-1]["accepted"] else idle + 1
-            bar.set_postfix(
-                kappa=f"{current['kappa']:.2f}", false_accept=f"{current['false_accept']['value'] or 0:.0%}"
-            )
-            if idle >= args.patience:
-                break
-        bar.close()
-        unseen = fixed_attacks(args, references, held_out=True)
-        test = {
-            name: await loop.measure(principles, "test", unseen)
-            for name, principles in (("seed", seed), ("final", loop.principles))
-        }
-        first = test["final"].pop("verdicts")
-        del test["seed"]["verdicts"]
-        repeats = [await loop.verdicts(parts["test"], loop.principles, sample) for sample in range(1, args.repeat + 1)]
-        turned = [await loop.verdicts(parts["test"], loop.principles[::-1])] if args.repeat else []
+        with tqdm(range(1, self.args.rounds + 1), desc="rounds", unit="round") as bar:
+            for number in bar:
+                current = await self.round(number, current)
+                idle = 0 if self.versions[-1]["accepted"] else idle + 1
+                fooled = current["false_accept"]["value"] or 0
+                bar.set_postfix(kappa=f"{current['kappa']:.2f}", false_accept=f"{fooled:.0%}")
+                if idle >= self.args.patience:
+                    break
+
+    async def report(self, versions: list[dict]) -> dict:
+        """The figures of the test part and of the unseen bank, which no round has looked at."""
+        unseen, rows = fixed_attacks(self.args, self.references, held_out=True), self.parts["test"]
+        seed, final = versions[0]["principles"], [v["principles"] for v in versions if v["accepted"]][-1]
+        first, last = await self.judged(seed, "test", unseen), await self.judged(final, "test", unseen)
+        repeats = [await self.verdicts(rows, final, again) for again in range(1, self.args.repeat + 1)]
+        turned = [await self.verdicts(rows, final[::-1])] if self.args.repeat else []
         left_out = []
-        for number, rule in enumerate(loop.principles if args.attribute else []):
-            rest = loop.principles[:number] + loop.principles[number + 1 :]
-            found = await loop.measure(rest, "test", unseen) if rest else {"kappa": None, "false_accept": None}
-            left_out.append({"without": rule, "kappa": found["kappa"], "false_accept": found["false_accept"]})
+        for number, rule in enumerate(final if self.args.attribute else []):
+            rest = final[:number] + final[number + 1 :]
+            found = self.figures("test", await self.judged(rest, "test", unseen)) if rest else {}
+            left_out.append({"without": rule, **{name: found.get(name) for name in ("kappa", "false_accept")}})
         return {
-            "test": test, "constant": len(set(first[0]) - {None}) < 2,
-            "same_when_asked_again": same(first[0], repeats), "same_in_reverse_order": same(first[0], turned),
-            "attribute": left_out, "failures": loop.failures, "versions": len(loop.versions),
-            "accepted": sum(v["accepted"] for v in loop.versions) - 1, "redteam": len(loop.bank),
-            "principles": loop.principles, "strategies": loop.strategies, "ledger": client.store.ledger(ROLES),
-            "history": loop.versions,
+            "test": {"seed": self.figures("test", first), "final": self.figures("test", last)},
+            "constant": len(set(last[0]) - {None}) < 2,
+            "same_when_asked_again": same(last[0], repeats), "same_in_reverse_order": same(last[0], turned),
+            "attribute": left_out, "failures": self.failures + Counter(versions[-1]["failures"]),
+            "versions": len(versions), "accepted": sum(v["accepted"] for v in versions) - 1,
+            "redteam": versions[-1]["bank"], "tokens": versions[-1]["tokens"]["so_far"],
+            "principles": final, "strategies": versions[-1]["strategies"],
+            "ledger": self.client.store.ledger(ROLES),
         }  # fmt: skip
+
+
+async def refine(args: argparse.Namespace, *data: object) -> None:
+    """Write principles.jsonl and redteam.jsonl."""
+    async with llm.Client(args, args.run) as client:
+        await Loop(args, client, *data).refine()
+
+
+async def report(args: argparse.Namespace, versions: list[dict], *data: object) -> dict:
+    """The figures for the summary."""
+    async with llm.Client(args, args.run) as client:
+        return await Loop(args, client, *data).report(versions)
 
 
 def same(first: list[int | None], others: list[list[int | None]]) -> dict:
@@ -379,32 +381,38 @@ def null_baselines(parts: dict[str, list[Labelled]]) -> dict:
 
 def main(args: argparse.Namespace) -> int:
     started = time.time()
-    rows, references, queries = (
-        read(args.labelled, Labelled),
-        read(args.references, Reference),
-        read(args.queries, Query),
-    )
+    rows, references = read(args.labelled, Labelled), read(args.references, Reference)
+    queries = read(args.queries, Query)
     parts = split_labelled(rows, args.seed)
     open_run(args.run)
-    stage = Stage(
+    loop = Stage(
         args.run, "03_principles", ["principles.jsonl", "redteam.jsonl"],
         {"labelled": file_hash(args.labelled), "references": file_hash(args.references),
          "queries": file_hash(args.queries), "principles": file_hash(args.principles),
          "prompts": llm.prompt_hashes([*ROLES, "strategies"], args.prompts),
          "endpoint": llm.endpoint_name(args), "seed": args.seed, "rounds": args.rounds, "patience": args.patience,
-         "batch": args.batch, "attacks": args.attacks, "bank": args.bank, "repeat": args.repeat,
-         "attribute": args.attribute, "votes": args.votes, "no_adversary": args.no_adversary,
-         "no_reflection": args.no_reflection, "no_acceptance": args.no_acceptance},
+         "batch": args.batch, "attacks": args.attacks, "bank": args.bank, "votes": args.votes, "graded": args.graded,
+         "no_adversary": args.no_adversary, "no_reflection": args.no_reflection, "no_acceptance": args.no_acceptance},
         args.redo,
     )  # fmt: skip
-    if stage.done and read_summary(args.run, "03_summary"):
+    if not loop.done:
+        asyncio.run(refine(args, parts, references, queries))
+        loop.finish()
+    done = Stage(
+        args.run, "03_report", ["03_summary.json", "principles.svg"],
+        {"principles": file_hash(args.run / "principles.jsonl"), "repeat": args.repeat, "attribute": args.attribute},
+        redo=True,  # nothing is lost: its answers are kept
+    )  # fmt: skip
+    if done.done:
         print(f"03: done already, see {args.run / '03_summary.json'}")
         return 0
-    figures = asyncio.run(refine(args, parts, references, queries))
-    draw(args.run / "principles.svg", figures.pop("history"))
+    with jsonlines.open(args.run / "principles.jsonl") as lines:
+        versions = list(lines)
+    figures = asyncio.run(report(args, versions, parts, references, queries))
+    draw(args.run / "principles.svg", versions)
     figures |= {"parts": {name: len(part) for name, part in parts.items()}, "baselines": null_baselines(parts)}
     write_summary(args.run, "03_summary", started, vars(args), figures)
-    stage.finish()
+    done.finish()
     shown = {"seed principles": figures["test"]["seed"], "final principles": figures["test"]["final"]}
     for name, f in (shown | {f"baseline: {k}": v for k, v in figures["baselines"].items()}).items():
         bank = f"; unseen attacks accepted {f['false_accept']['value'] or 0:.1%}" if "false_accept" in f else ""

@@ -2,8 +2,9 @@
 
 --reward none   SFT of a LoRA adapter on sft.jsonl: where every GRPO run starts.
 --reward rm     GRPO from there; the reward is the score of step 2's reward model.
---reward judge  GRPO from there; the reward is the binary verdict of the judge under step 3's principles, asked for all
-                completions of a step at once. A judgement that fails is no reward at all, never a 0.
+--reward judge  GRPO from there; the reward is the binary verdict of the judge under step 3's principles (--graded: its
+                probability), asked for all completions of a step at once. A judgement that fails is no reward at
+                all, never a 0.
 --reward both   the weighted mean of the two (--judge-weight).
 
 Rollouts come from vLLM in the same process (--engine vllm). It serves the weights that the trainer multiplies by, in 4
@@ -256,7 +257,9 @@ class Rewards:
             verdict = await llm.judge(self.client, query, response, self.principles)
         except llm.Unusable as e:
             return None, f"failed: {e}"
-        return float(verdict.verdict), verdict.reason
+        except SystemExit as e:  # would end TRL's thread and leave the trainer waiting for it
+            raise llm.Refused("see the error above") from e
+        return verdict.reward, verdict.reason
 
     async def verdicts(self, rows: list[tuple[str, str]]) -> list[tuple[float | None, str]]:
         """(reward, reason) of every row. Too many failures pause the step; half of them stop the run.
@@ -385,6 +388,8 @@ def grpo(args: argparse.Namespace, base: str) -> dict:
     if len(queries) < args.queries_per_step:
         fail(f"{args.queries} has {len(queries)} queries, a step needs {args.queries_per_step}: lower "
              "--queries-per-step")  # fmt: skip
+    store = llm.Store(args.run / "answers.sqlite", (args.price_in, args.price_out))
+    before = ledger_before(args, store)
     vllm, rewards, watch = args.engine == "vllm", Rewards(args, base), Watch(args, queries)
     sync = models.adapter_sync(base, args.bits, args.rank) if vllm else nullcontext()  # before TRL imports vLLM
     from trl import GRPOConfig, GRPOTrainer
@@ -495,8 +500,17 @@ def grpo(args: argparse.Namespace, base: str) -> dict:
         "failed_judgements": int(sum(s["failed_judgements"] for s in steps if "failed_judgements" in s)),
         "watch": [{k: v for k, v in r.items() if k != "grades"} for r in looks],
         "peak_gib": models.peak_gib(),
-        "ledger": llm.Store(args.run / "answers.sqlite").ledger(["detector"]) if args.reward != "rm" else None,
+        "ledger": store.ledger(["detector"], since=before["detector"]),
+        "watch_ledger": store.ledger(["rubric"], since=before["rubric"]),
     }  # fmt: skip
+
+
+def ledger_before(args: argparse.Namespace, store: llm.Store) -> dict[str, dict]:
+    """Role -> what it had cost in this run folder before this training began; kept for when it goes on after a kill."""
+    path = args.run / f"{args.name}_checkpoints" / "ledger_before.json"
+    if not path.is_file():
+        replace_file(path, json.dumps({role: store.ledger([role]) for role in ("detector", "rubric")}))
+    return json.loads(path.read_text())
 
 
 def engine_share(args: argparse.Namespace, base: str) -> float:
@@ -548,6 +562,7 @@ def main(args: argparse.Namespace) -> int:
     settings |= {"prompts": llm.prompt_hashes(["policy", "detector"], args.prompts)}
     if args.reward in ("judge", "both"):
         settings |= {"endpoint": llm.endpoint_name(args), "votes": args.votes, "judge_weight": args.judge_weight}
+        settings |= {"graded": args.graded}
     outputs = [args.name, f"metrics_{args.reward}.jsonl", f"{args.name}_checkpoints"]
     if args.reward != "none":
         outputs.append(f"rollouts_{args.reward}.jsonl")

@@ -116,8 +116,11 @@ def write_greetings(args: argparse.Namespace, base: str, policies: dict, queries
 # ---- evaluators -----------------------------------------------------------------------------------------------------
 
 
-async def ask_judges(args: argparse.Namespace, rows: list[dict], principles: dict[str, list[str]]) -> None:
-    """Add to each row the rubric's grades and the verdict under each set of principles; None where none came."""
+async def ask_judges(args: argparse.Namespace, rows: list[dict], principles: dict[str, list[str]]) -> dict:
+    """Add to each row the rubric's grades and the verdict under each set of principles; None where none came.
+
+    Returns what it cost.
+    """
     from tqdm import tqdm
 
     async def one(client: llm.Client, row: dict) -> None:
@@ -137,8 +140,10 @@ async def ask_judges(args: argparse.Namespace, rows: list[dict], principles: dic
         bar.update()
 
     async with llm.Client(args, args.run) as client:
+        before = client.store.ledger(["rubric", "detector"])
         with tqdm(total=len(rows), desc="rubric and judge", unit="greeting") as bar:
             await llm.together(*(one(client, row) for row in rows))
+        return client.store.ledger(["rubric", "detector"], since=before)
 
 
 def ask_agents(args: argparse.Namespace, rows: list[dict]) -> None:
@@ -428,7 +433,7 @@ def main(args: argparse.Namespace) -> int:
             "seed_judge": versions[0].principles,
             "judge": llm.current_principles(args.run / "principles.jsonl"),
         }
-    asyncio.run(ask_judges(args, rows + given, principles))
+    ledger = asyncio.run(ask_judges(args, rows + given, principles))
     ask_agents(args, rows + [r for r in given if r["part"] == "test"])
     if (args.run / "rm" / "adapter_config.json").is_file():
         ask_reward_model(args, base, rows + given)
@@ -447,7 +452,7 @@ def main(args: argparse.Namespace) -> int:
             } for a, b in pairs
         ],
         "evaluators": evaluate_evaluators(given, args.seed),
-        "labelled_test_rows": len(parts["test"]),
+        "labelled_test_rows": len(parts["test"]), "ledger": ledger,
     }  # fmt: skip
     figures["finding"] = finding(figures)
     write(args.run / "results.jsonl", ({"policy": name} | f for name, f in figures["policies"].items()))

@@ -33,6 +33,15 @@ def spread(values: list[float], mark: str) -> str:
     return f"{mark} [{mark}, {mark}]".format(statistics.mean(values), min(values), max(values))
 
 
+def cost(kind: str, whole: list[dict], less: list[dict]) -> str:
+    """What an ablation costs, seed by seed against the whole loop, in words."""
+    lost = [a["kappa"] - b["kappa"] for a, b in zip(whole, less, strict=True)]
+    let_in = [b["false_accept"]["value"] - a["false_accept"]["value"] for a, b in zip(whole, less, strict=True)]
+    costs = [what for what, by in (("agreement", lost), ("attacks let in", let_in)) if min(by) > 0]
+    words = f"costs in every seed: {', '.join(costs)}" if costs else "costs nothing that every seed shows"
+    return f"{kind}: kappa lower by {spread(lost, '{:+.2f}')}, attacks accepted {spread(let_in, '{:+.1%}')}: {words}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--labelled", type=Path, default=ROOT / "data/labelled.jsonl")
@@ -45,12 +54,14 @@ def main() -> None:
     print("| | kappa before | kappa after | unseen attacks accepted, before | after | rewrites accepted |")
     print("|---|---|---|---|---|---|")
     nulls: dict[str, list[float]] = {}
+    finals: dict[str, list[dict]] = {}  # figures of each seed on the test part, in the end
     for kind, flags in KINDS.items():
         runs = []
         for seed in args.seeds:
             folder = args.out / args.labelled.parent.name / f"{kind.replace(' ', '_')}_{seed}"
             runs.append(refine(folder, ["--labelled", str(args.labelled), "--seed", str(seed), *flags, *where]))
         tests = [[run["test"][when] for run in runs] for when in ("seed", "final")]
+        finals[kind] = tests[1]
         cells = [spread([test["kappa"] for test in some], "{:+.2f}") for some in tests]
         cells += [spread([test["false_accept"]["value"] for test in some], "{:.1%}") for some in tests]
         cells.append(spread([run["accepted"] for run in runs], "{:.1f}"))
@@ -60,6 +71,8 @@ def main() -> None:
                 nulls.setdefault(name.split(" ")[0], []).append(figures["kappa"])
     for name, kappas in nulls.items():
         print(f"| null: {name} | | {spread(kappas, '{:+.2f}')} | | | |")
+    for kind in list(KINDS)[1:]:
+        print(f"\n{cost(kind, finals['whole loop'], finals[kind])}")
     n = [run["test"]["final"]["n"] for run in runs]
     print(
         f"\n{len(args.seeds)} seeds: mean [lowest, highest]; {min(n)} to {max(n)} labelled greetings in the test part"

@@ -91,9 +91,8 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, {args.layers or 'all'} layers, random weights, rollouts by {args.engine}")
     print("| step | peak, measured | plan | tokens a second |\n|---|---|---|---|")
     print(f"| 02, reward model | {rm['peak_gib']:.1f} GiB | - | {seen:.0f} trained |")
-    print(
-        f"| 04, GRPO with it | {tuned['peak_gib']:.1f} GiB | {plan:.1f} GiB | {written:.0f} written, {trained:.0f} trained |"
-    )
+    row = f"| 04, GRPO with it | {tuned['peak_gib']:.1f} GiB | {plan:.1f} GiB |"
+    print(f"{row} {written:.0f} written, {trained:.0f} trained |")
 
 
 if __name__ == "__main__":

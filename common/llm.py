@@ -8,6 +8,7 @@ raises `Unusable` with the reason. Nothing else is ever taken for an answer.
 import argparse
 import asyncio
 import json
+import math
 import os
 import random
 import re
@@ -40,12 +41,17 @@ class Answer(BaseModel):
     """What a model must answer with: exactly these keys, and the reason before the verdict."""
 
     model_config = ConfigDict(extra="forbid")
-    _tokens: tuple[int, int] = (0, 0)
+    _calls: dict[str, tuple[int, int]] = {}
+
+    @property
+    def calls(self) -> dict[str, tuple[int, int]]:
+        """(input, output) tokens of each call that it rests on, by cache key, also where it now came from the cache."""
+        return self._calls
 
     @property
     def tokens(self) -> tuple[int, int]:
-        """(input, output) tokens of the call that brought it, also where it now came from the cache."""
-        return self._tokens
+        """(input, output) tokens of these calls."""
+        return tuple(sum(used[side] for used in self._calls.values()) for side in (0, 1))
 
 
 class Points(Answer):
@@ -62,6 +68,20 @@ def plain_int(value: object) -> object:
 class Verdict(Answer):
     reason: str
     verdict: Annotated[Literal[0, 1], BeforeValidator(plain_int)]
+
+    @property
+    def reward(self) -> float:
+        return float(self.verdict)
+
+
+class GradedVerdict(Verdict):
+    """A verdict with P(verdict = 1). The model is asked for a Verdict; the grade is read from its logprobs."""
+
+    grade: float = Field(ge=0, le=1)
+
+    @property
+    def reward(self) -> float:
+        return self.grade
 
 
 class FlawedGreeting(Answer):
@@ -200,24 +220,20 @@ def odd(text: str) -> int:
 
 def add_endpoint_flags(parser) -> None:
     """The flags of every script that talks to the agents' endpoint."""
-    group = parser.add_argument_group("agents' endpoint")
-    group.add_argument(
-        "--base-url", type=address, default="http://127.0.0.1:8000/v1", help="OpenAI-compatible endpoint (%(default)s)"
-    )
-    group.add_argument("--model", default="Qwen/Qwen2.5-32B-Instruct-AWQ", help="model of the agents (%(default)s)")
-    group.add_argument("--api-key-env", default="OPENAI_API_KEY", help="variable that holds the key (%(default)s)")
-    group.add_argument(
-        "--concurrency", type=positive, default=64, help="requests under way at once, at most (%(default)s)"
-    )
-    group.add_argument("--timeout", type=float, default=120, help="seconds for one attempt (%(default)s)")
-    group.add_argument("--attempts", type=positive, default=5, help="attempts at one question (%(default)s)")
-    group.add_argument("--votes", type=odd, default=1, help="verdicts asked for each greeting; the majority counts (1)")
-    group.add_argument("--price-in", type=float, default=0.0, help="money for a million prompt tokens")
-    group.add_argument("--price-out", type=float, default=0.0, help="money for a million answer tokens")
-    group.add_argument(
-        "--budget", type=float, help="stop when this run folder has cost so much: money with --price-*, tokens without"
-    )
-    group.add_argument("--prompts", type=Path, default=PROMPTS, help="folder of the prompts")
+    add = parser.add_argument_group("agents' endpoint").add_argument
+    add("--base-url", type=address, default="http://127.0.0.1:8000/v1", help="OpenAI-compatible endpoint (%(default)s)")
+    add("--model", default="Qwen/Qwen2.5-32B-Instruct-AWQ", help="model of the agents (%(default)s)")
+    add("--api-key-env", default="OPENAI_API_KEY", help="variable that holds the key (%(default)s)")
+    add("--concurrency", type=positive, default=64, help="requests under way at once, at most (%(default)s)")
+    add("--timeout", type=float, default=120, help="seconds for one attempt (%(default)s)")
+    add("--attempts", type=positive, default=5, help="attempts at one question (%(default)s)")
+    add("--votes", type=odd, default=1, help="verdicts asked for each greeting; the majority counts (1)")
+    add("--graded", action="store_true", help="where the endpoint returns logprobs: the judge under principles also "
+        "gives P(verdict = 1), and that is the judge reward of step 4")  # fmt: skip
+    add("--price-in", type=float, default=0.0, help="money for a million prompt tokens")
+    add("--price-out", type=float, default=0.0, help="money for a million answer tokens")
+    add("--budget", type=float, help="stop when this run folder has cost so much: money with --price-*, tokens without")
+    add("--prompts", type=Path, default=PROMPTS, help="folder of the prompts")
 
 
 def is_local(args) -> bool:
@@ -230,6 +246,8 @@ def is_local(args) -> bool:
 def endpoint_name(args) -> tuple[str, str]:
     """(model, endpoint): who answers; part of every cache key and of the settings of a stage."""
     if args.offline:
+        if args.graded:
+            fail("--graded needs an endpoint that returns logprobs, the rule-based critic has none: leave it out")
         from common import offline
 
         return offline.critic_name(), "offline"
@@ -243,7 +261,9 @@ class Store:
     the requests without an outcome are booked as `killed`: whether the endpoint billed those, only it knows.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, prices: tuple[float, float] = (0.0, 0.0)):
+        """`prices` are money for a million input and output tokens."""
+        self.prices = prices
         path.parent.mkdir(parents=True, exist_ok=True)
         self.db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
         self.db.execute("PRAGMA journal_mode=WAL")
@@ -301,11 +321,12 @@ class Store:
             "output_tokens": sum(r[3] for r in rows),
         }
         spent = {name: count - (since or {}).get(name, 0) for name, count in found.items()}
+        spent["money"] = round(self.money(spent["input_tokens"], spent["output_tokens"]), 4)
         return spent | {"outcomes": {r[0]: r[1] for r in rows}}  # of the whole run folder
 
-
-def money(args, input_tokens: int, output_tokens: int) -> float:
-    return (input_tokens * args.price_in + output_tokens * args.price_out) / 1e6
+    def money(self, *tokens: int) -> float:
+        """What so many input and output tokens cost."""
+        return sum(count * price for count, price in zip(tokens, self.prices, strict=True)) / 1e6
 
 
 class Throttle:
@@ -362,9 +383,9 @@ class Client:
     """Asks roles. One a script; close it with `await client.close()` or use it as `async with`."""
 
     def __init__(self, args, run: Path):
-        self.args, self.prompts, self.seed = args, args.prompts, args.seed
+        self.args = args
         self.model, self.endpoint = endpoint_name(args)
-        self.store = Store(run / "answers.sqlite")
+        self.store = Store(run / "answers.sqlite", (args.price_in, args.price_out))
         self.store.settle()
         self.throttle = Throttle(args.concurrency)
         self.asking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -400,10 +421,10 @@ class Client:
                 async with asyncio.timeout(self.args.timeout):
                     await self.openai.models.list()
             except (openai.AuthenticationError, openai.PermissionDeniedError):
-                raise Refused(f"{self.endpoint} refuses the key; set the variable that --api-key-env names") from None
+                raise self._refused(KEY_REFUSED) from None
             except (openai.APIConnectionError, TimeoutError):
                 remedy = "start a server, name one with --base-url, or use --offline"
-                raise Refused(f"nothing answers at {self.endpoint}; {remedy}") from None
+                raise self._refused(f"does not answer; {remedy}") from None
             except (openai.APIError, AttributeError, TypeError, ValueError):
                 pass  # not every server lists its models
 
@@ -437,15 +458,17 @@ class Client:
         """
         request = {
             "model": self.model,
-            "messages": render(role, self.prompts, **slots),
+            "messages": render(role, self.args.prompts, **slots),
             "temperature": temperature,
             "max_tokens": MAX_TOKENS,
-            "seed": self.seed + sample,
-            "response_format": response_format(role, answer),
+            "seed": self.args.seed + sample,
+            "response_format": response_format(role, Verdict if answer is GradedVerdict else answer),
         }
-        key = digest(self.endpoint, self.seed, sample, request)
+        if answer is GradedVerdict:
+            request |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
+        key = digest(self.endpoint, self.args.seed, sample, request)
         if found := self.store.get(key):
-            return parsed(answer, *found)
+            return parsed(answer, key, *found)
         # The same question at once: the second finds the answer of the first.
         async with self.asking.setdefault(key, asyncio.Lock()):
             found = self.store.get(key)
@@ -458,7 +481,7 @@ class Client:
                 except Unusable as e:
                     self.failed[key] = str(e)
                     raise
-            return parsed(answer, *found)
+            return parsed(answer, key, *found)
 
     async def _insist(self, key: str, role: str, request: dict, answer: type[Answer]) -> tuple[str, int, int]:
         """Attempt the request until a usable answer comes, as often as --attempts allows; every attempt is booked."""
@@ -475,15 +498,12 @@ class Client:
                     if reason == "rate limit":
                         wait = retry_after(e.response.headers, wait)
                         self.throttle.limited(sent, wait)
-                    elif reason.startswith(("HTTP 401", "HTTP 403")):
-                        self.stop = f"{self.endpoint} refuses the key; set the variable that --api-key-env names"
-                        raise Refused(self.stop) from None
+                    elif reason in ("HTTP 401", "HTTP 403"):
+                        raise self._refused(KEY_REFUSED) from None
                     elif reason == "HTTP 404":
-                        self.stop = f"{self.endpoint} has no model {self.model}; name one it serves with --model"
-                        raise Refused(self.stop) from None
-                    elif reason.startswith("HTTP") and reason not in self.told:
-                        self.told.add(reason)
-                        tqdm.write(f"{role}: {reason}: {self._harmless(e)}", file=sys.stderr)
+                        raise self._refused(f"has no model {self.model}; name one it serves with --model") from None
+                    elif reason.startswith("HTTP") or reason == NO_LOGPROBS:
+                        self._tell(role, reason, e)
             if attempt == min(again, self.args.attempts):
                 raise Unusable(reason)
             if reason in ANSWERED_BADLY:  # the same question would bring the same answer
@@ -519,8 +539,8 @@ class Client:
     def _check(self) -> None:
         """Raises Refused once the run has to stop: the key is refused, or the run folder has cost its --budget."""
         if self.args.budget is not None and not self.stop:
-            priced = self.args.price_in or self.args.price_out
-            spent = money(self.args, *self.store.tokens) if priced else sum(self.store.tokens)
+            priced = any(self.store.prices)
+            spent = self.store.money(*self.store.tokens) if priced else sum(self.store.tokens)
             if spent >= self.args.budget:
                 self.stop = (
                     f"the budget of {self.args.budget:g}{'' if priced else ' tokens'} is spent ({spent:g}); what was "
@@ -529,18 +549,29 @@ class Client:
         if self.stop:
             raise Refused(self.stop)
 
-    def _harmless(self, error: Exception) -> str:
-        """The first words of an error body; an endpoint may echo the key in it."""
-        text = " ".join(str(getattr(error, "message", error)).split())
-        return (text.replace(self.key, "***") if self.key else text)[:200]
+    def _refused(self, why: str) -> Refused:
+        """The error that the endpoint will answer nobody; no further request leaves."""
+        self.stop = f"{self.endpoint} {why}"
+        return Refused(self.stop)
+
+    def _tell(self, role: str, reason: str, error: Exception) -> None:
+        """One line on stderr for each reason: the first words of the error body, in which the key may be echoed."""
+        if reason not in self.told:
+            self.told.add(reason)
+            text = " ".join(str(getattr(error, "message", error)).split())
+            text = "leave --graded out, or name another endpoint" if reason == NO_LOGPROBS else text
+            text = text.replace(self.key, "***") if self.key else text
+            tqdm.write(f"{role}: {reason}: {text[:200]}", file=sys.stderr)
 
 
-CUT, FILTERED = "cut at the token limit", "content filter"
+KEY_REFUSED = "refuses the key; set the variable that --api-key-env names"
+CUT, FILTERED, NO_LOGPROBS = "cut at the token limit", "content filter", "no logprobs of the verdict"
 ANSWERED_BADLY = {"not the JSON asked for", "empty", "refusal", "no choice", "not a chat completion"}
-NEVER_MIND = 1_000_000
+AS_ALLOWED = math.inf  # attempts: as many as --attempts allows
+TOP_LOGPROBS = 20  # the most that OpenAI and vLLM give
 
 
-def diagnose(error: Exception) -> tuple[str, int]:
+def diagnose(error: Exception) -> tuple[str, float]:
     """(reason, number of attempts that are worth while) for an attempt that failed; other errors are raised again."""
     import httpx2
     import openai
@@ -548,18 +579,18 @@ def diagnose(error: Exception) -> tuple[str, int]:
     match error:
         case Unusable():
             reason = str(error)
-            return reason, {CUT: 2, FILTERED: 1}.get(reason, 3)
+            return reason, {CUT: 2, FILTERED: 1, NO_LOGPROBS: 1}.get(reason, 3)
         case openai.RateLimitError():
-            return "rate limit", NEVER_MIND
+            return "rate limit", AS_ALLOWED
         case openai.APITimeoutError() if isinstance(error.__cause__, httpx2.ConnectTimeout):
-            return "connection", NEVER_MIND  # what aiohttp's hung-up connection comes as
+            return "connection", AS_ALLOWED  # what aiohttp's hung-up connection comes as
         case openai.APITimeoutError() | TimeoutError():
-            return "timeout", NEVER_MIND
+            return "timeout", AS_ALLOWED
         case openai.APIConnectionError():
-            return "connection", NEVER_MIND
+            return "connection", AS_ALLOWED
         case openai.APIStatusError():
             again = error.status_code >= 500 or error.status_code in (408, 409)
-            return f"HTTP {error.status_code}", NEVER_MIND if again else 1
+            return f"HTTP {error.status_code}", AS_ALLOWED if again else 1
         case openai.APIError() | AttributeError() | KeyError() | TypeError() | ValueError():
             return "not a chat completion", 3
     raise error
@@ -573,9 +604,9 @@ def response_format(role: str, answer: type[Answer]) -> dict:
     }
 
 
-def parsed(answer: type[A], text: str, input_tokens: int, output_tokens: int) -> A:
+def parsed(answer: type[A], key: str, text: str, input_tokens: int, output_tokens: int) -> A:
     value = answer.model_validate_json(text)
-    value._tokens = (input_tokens, output_tokens)
+    value._calls = {key: (input_tokens, output_tokens)}
     return value
 
 
@@ -617,9 +648,41 @@ def usable_text(completion: dict, answer: type[BaseModel]) -> str:
         text = fenced[1]
     try:
         json.loads(text, object_pairs_hook=one_of_each)
-        return json.dumps(answer.model_validate_json(text).model_dump(), ensure_ascii=False)
+        kept = (Verdict if answer is GradedVerdict else answer).model_validate_json(text).model_dump()
     except (ValueError, RecursionError) as e:  # pydantic's ValidationError is a ValueError
         raise Unusable("not the JSON asked for") from e
+    if answer is GradedVerdict:
+        kept["grade"] = probability_of_one(choice, kept["verdict"])
+    return json.dumps(kept, ensure_ascii=False)
+
+
+def probability_of_one(choice: dict, verdict: int) -> float:
+    """P(verdict = 1) from the logprobs of the token that holds the digit; raises Unusable where they are not there.
+
+    Tokens are joined as bytes, since one may hold part of a character; every listed token that goes on with a digit, as
+    " 1" or "1}", counts for it. Where the other digit is not among those listed, it gets what all of them leave over.
+    """
+    try:
+        tokens = choice["logprobs"]["content"]
+        pieces = [bytes(t["bytes"]) if t.get("bytes") is not None else t["token"].encode() for t in tokens]
+        *_, found = re.finditer(rb'"verdict"\s*:\s*([01])', b"".join(pieces))
+        start, number = 0, 0
+        while start + len(pieces[number]) <= found.start(1):
+            start, number = start + len(pieces[number]), number + 1
+        before = pieces[number][: found.start(1) - start].decode()
+        listed = {t["token"]: t["logprob"] for t in [*(tokens[number].get("top_logprobs") or []), tokens[number]]}
+        mass = {0: 0.0, 1: 0.0}
+        for token, logprob in listed.items():
+            digit = token.removeprefix(before).lstrip()[:1]
+            if digit in ("0", "1"):
+                mass[int(digit)] += math.exp(logprob)
+        other, rest = 1 - verdict, max(0.0, 1.0 - sum(map(math.exp, listed.values())))
+        mass[other] = mass[other] or rest
+        if int(found[1]) != verdict or not all(math.isfinite(m) for m in mass.values()):
+            raise ValueError
+        return mass[1] / (mass[0] + mass[1])
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, ZeroDivisionError) as e:
+        raise Unusable(NO_LOGPROBS) from e
 
 
 async def together(*work: Awaitable) -> list:
@@ -638,31 +701,37 @@ async def together(*work: Awaitable) -> list:
         raise
 
 
-async def judge(
-    client: Client, query: str, response: str, principles: list[str], sample: int = 0, temperature: float | None = None
-) -> Verdict:
+async def settled(*work: Awaitable[A]) -> list[A | Unusable]:
+    """The results of all, with the `Unusable` of one that failed in its place; other errors are raised at the end."""
+    found = await asyncio.gather(*work, return_exceptions=True)
+    for one in found:
+        if isinstance(one, BaseException) and not isinstance(one, Unusable):
+            raise one
+    return found
+
+
+async def judge(client: Client, query: str, response: str, principles: list[str], again: int = 0) -> Verdict:
     """The principle-guided judge: 1 if the response satisfies every principle, else 0, with the reason.
 
-    Asked at temperature 0. With --votes the first answer is joined by others at 0.7, and the majority counts.
-    `sample` and `temperature` ask the same question anew, once.
+    Asked at temperature 0. With --votes the first answer is joined by others at 0.7, and the majority counts. With
+    --graded the verdict is a GradedVerdict, its grade the mean of the votes'. Another `again` asks everything anew.
 
     Raises:
         Unusable: the endpoint gave no usable verdict, or no majority. That is a failure to record, never a verdict.
     """
-    asked = {"query": query, "response": response, "principles": principles}
-    votes = 1 if sample else client.args.votes
-    answers = await asyncio.gather(
-        *(
-            client.ask(
-                "detector", Verdict, sample=sample + n, temperature=0.7 if n else temperature or 0.0, **asked
-            )
-            for n in range(votes)
-        ),
-        return_exceptions=True,
-    )  # fmt: skip
+    seen = {"query": query, "response": response, "principles": principles}
+    votes, answer = client.args.votes, GradedVerdict if client.args.graded else Verdict
+    answers = await settled(*(
+        client.ask("detector", answer, sample=again * votes + n, temperature=0.7 if n else 0.0, **seen)
+        for n in range(votes)
+    ))  # fmt: skip
     heard = [answer for answer in answers if isinstance(answer, Verdict)]
     for side in (0, 1):
         agreeing = [answer for answer in heard if answer.verdict == side]
         if 2 * len(agreeing) > votes:
-            return agreeing[0]
-    raise next(answer for answer in answers if not isinstance(answer, Verdict))
+            found = agreeing[0].model_copy()
+            found._calls = {key: used for answer in heard for key, used in answer.calls.items()}
+            if isinstance(found, GradedVerdict):
+                found.grade = sum(answer.grade for answer in heard) / len(heard)
+            return found
+    raise next(answer for answer in answers if isinstance(answer, Unusable))

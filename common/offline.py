@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -41,6 +41,11 @@ def occasions_in(query: str) -> frozenset[str]:
     return frozenset(name for name, occasion in OCCASIONS.items() if re.search(occasion["asked"], query))
 
 
+def kindred(*occasions: str) -> set[str]:
+    """These occasions and those whose greetings may speak of the same things."""
+    return set(occasions).union(*(family for family in map(set, LEXICON["kindred_occasions"]) if family & {*occasions}))
+
+
 @lru_cache(maxsize=4096)
 def recipients_in(query: str) -> frozenset[str]:
     found = {name for name, recipient in RECIPIENTS.items() if re.search(recipient["asked"], query)}
@@ -50,6 +55,9 @@ def recipients_in(query: str) -> frozenset[str]:
 # Nats per pair of neighbours: above ODD the critic has a doubt, above BROKEN it is sure. `python -m common.offline`
 # prints what they rest on: greetings that it knows, greetings that it does not, and shuffled ones.
 ODD, BROKEN = 5.2, 6.8
+# Nats that a clause may gain by being read from its end: 0.7% of greetings that the critic does not know have one
+# that gains more, and 92% of the same with one clause reversed.
+BACKWARDS = 3.0
 RECITED = 0.6  # share of known triples from which a text recites the references; 1% of other good greetings do
 
 
@@ -59,21 +67,33 @@ class CharacterModel:
     def __init__(self, texts: list[str]):
         runs = [part for text in texts for part in clauses(text)]
         self.singles = Counter(c for run in runs for c in run)
+        self.total = self.singles.total()
         self.pairs, self.triples = (Counter(gram for run in runs for gram in self.split(run, n)) for n in (2, 3))
-        self.total = sum(self.singles.values())
+        edges = Counter(pair for run in runs for pair in (f"^{run[0]}", f"{run[-1]}$"))
+        self.pairs, self.singles = self.pairs + edges, self.singles + Counter({"^": len(runs), "$": len(runs)})
 
     @staticmethod
     def split(run: str, n: int) -> list[str]:
         return [run[i : i + n] for i in range(len(run) - n + 1)]
 
+    def surprise(self, pairs: list[str]) -> float:
+        """Nats: minus the logarithm of how likely each second character is after its first, summed."""
+        nats = 0.0
+        for pair in pairs:
+            backoff = 0.5 * (self.singles[pair[1]] + 0.5) / self.total
+            nats -= math.log(0.5 * self.pairs[pair] / (self.singles[pair[0]] + 0.5) + backoff)
+        return nats
+
     def strangeness(self, text: str) -> float:
         """Mean surprise in nats per pair of neighbours; high for jumbled text and for text unlike the references."""
         pairs = [pair for part in clauses(text) for pair in self.split(part, 2)]
-        surprise = 0.0
-        for pair in pairs:
-            backoff = 0.5 * (self.singles[pair[1]] + 0.5) / self.total
-            surprise -= math.log(0.5 * self.pairs[pair] / (self.singles[pair[0]] + 0.5) + backoff)
-        return surprise / max(1, len(pairs))
+        return self.surprise(pairs) / max(1, len(pairs))
+
+    def backwards(self, text: str) -> float:
+        """Nats by which a clause of five characters or more reads better from its end, its edges counted; the most."""
+        runs = [part for part in clauses(text) if len(part) >= 5]
+        ways = [[self.surprise(self.split(f"^{way}$", 2)) for way in (run, run[::-1])] for run in runs]
+        return max((forwards - back for forwards, back in ways), default=0.0)
 
     def breaks(self, text: str) -> int:
         """How often a text that else recites the references jumps, inside a clause, between characters never met.
@@ -92,21 +112,77 @@ def character_model() -> CharacterModel:
     return CharacterModel([r.response for r in read(REFERENCES, Reference)])
 
 
+class OccasionModel:
+    """Naive Bayes on characters and pairs of neighbours: what a greeting without a sign of the occasion is most like.
+
+    Of those that it does not know, 96% seem more like another occasion where one was asked for, and 68% where none was:
+    a weak measure, but without it all of either kind would be wrong.
+    """
+
+    def __init__(self, references: list[Reference]):
+        self.greetings: Counter[str] = Counter()
+        self.seen: dict[str, Counter] = {name: Counter() for name in OCCASIONS}
+        for reference in references:
+            occasion = getattr(reference, "occasion", "")
+            if occasion in self.seen:
+                self.greetings[occasion] += 1
+                self.seen[occasion].update(self.features(reference.response))
+        self.everywhere = sum(self.seen.values(), Counter())
+
+    @staticmethod
+    def features(text: str) -> set[str]:
+        return {gram for part in clauses(text) for n in (1, 2) for gram in CharacterModel.split(part, n)}
+
+    def likeness(self, text: str) -> dict[str, float]:
+        """Occasion -> nats by which the text is likelier among its greetings than among all."""
+        shares = {
+            gram: self.everywhere[gram] / self.greetings.total()
+            for gram in self.features(text) if self.everywhere[gram] > 1
+        }  # fmt: skip
+        return {
+            name: sum(math.log((seen[g] / share + 2) / (self.greetings[name] + 2)) for g, share in shares.items())
+            for name, seen in self.seen.items()
+        }
+
+    @staticmethod
+    def elsewhere(likeness: dict[str, float], kin: set[str]) -> bool:
+        """Whether the text is more like some other occasion than like any of these."""
+        return max(likeness[name] for name in OCCASIONS.keys() - kin) > max(likeness[name] for name in kin)
+
+
+@lru_cache
+def occasion_model() -> OccasionModel:
+    return OccasionModel(read(REFERENCES, Reference))
+
+
 # ---- what the critic can measure: flaws -----------------------------------------------------------------------------
 # A detector takes (query, response) and returns how sure it is of the flaw: 0 no, 1 a hint of it, 2 clearly.
 
 
 def _wrong_occasion(query: str, response: str) -> int:
     asked = occasions_in(query)
-    if not asked or any(
-        re.search(OCCASIONS[name]["signature"] or OCCASIONS[name]["signs"], response) for name in asked
-    ):
+    if not asked:  # a word of thanks, say: out of place is only what wishes for a feast that the query has no sign of
+        return 2 if any(_wished(name, response) and not _signs_of(kindred(name), query) for name in OCCASIONS) else 0
+    if any(re.search(OCCASIONS[name]["signature"] or OCCASIONS[name]["signs"], response) for name in asked):
         return 0
-    kin = asked.union(*(family for family in map(set, LEXICON["kindred_occasions"]) if family & asked))
+    kin = kindred(*asked)
     others = [OCCASIONS[name]["signature"] for name in OCCASIONS.keys() - kin if OCCASIONS[name]["signature"]]
     if any(re.search(signature, response) for signature in others):
         return 2
-    return 0 if any(re.search(OCCASIONS[name]["signs"], response) for name in asked) else 2
+    if _signs_of(asked, response):
+        return 0
+    return 2 if occasion_model().elsewhere(occasion_model().likeness(response), kin) else 1
+
+
+def _signs_of(occasions: Iterable[str], text: str) -> bool:
+    return any(re.search(OCCASIONS[name]["signs"], text) for name in occasions)
+
+
+def _wished(occasion: str, response: str) -> bool:
+    """Whether the response wishes joy of this occasion, and does not only mention it."""
+    named = OCCASIONS[occasion]["signature"]
+    wish = rf"({named})[^，。！？]{{0,2}}(快乐|喜|大吉|愉快|安康)|(贺|恭喜|祝)[^，。！？]{{0,4}}({named})"
+    return bool(named and re.search(wish, response))
 
 
 def _wrong_recipient(query: str, response: str) -> int:
@@ -151,7 +227,7 @@ def _foreign(query: str, response: str) -> int:
 
 def _broken(query: str, response: str) -> int:
     strangeness, breaks = character_model().strangeness(response), character_model().breaks(response)
-    if "\ufffd" in response or strangeness > BROKEN or breaks >= 2:
+    if "\ufffd" in response or strangeness > BROKEN or breaks >= 2 or character_model().backwards(response) > BACKWARDS:
         return 2
     return 1 if strangeness > ODD or breaks else 0
 
@@ -606,20 +682,38 @@ def _train_tiny(folder: Path) -> None:
 
 
 def main() -> None:
-    """Print what the thresholds of the fluency measure rest on."""
-    texts = [r.response for r in read(REFERENCES, Reference)]
-    rng, whole = random.Random(0), character_model()
-    held, model = texts[: len(texts) // 8], CharacterModel(texts[len(texts) // 8 :])
-
-    def strange(of: CharacterModel, greetings: list[str]) -> list[float]:
-        return sorted(of.strangeness(g) for g in greetings)
-
-    for name, scores in (
-        ("references, in the model", strange(whole, texts)),
-        ("references, left out", strange(model, held)),
-        ("references, every clause shuffled", strange(whole, ["".join(rng.sample(t, len(t))) for t in texts])),
-    ):
-        print(name, {f"{q}%": round(scores[int(q / 100 * (len(scores) - 1))], 2) for q in (1, 50, 99)})
+    """Print what the thresholds of fluency and occasion rest on: each eighth of the references, by the other seven."""
+    references = sorted(read(REFERENCES, Reference), key=lambda r: r.id)
+    rng, known = random.Random(0), CharacterModel([r.response for r in references])
+    strange: dict[str, list[float]] = {"known": [], "left out": [], "left out, every clause shuffled": []}
+    backwards: dict[str, list[float]] = {"left out": [], "left out, one clause reversed": []}
+    other: dict[str, list[bool]] = {"its own occasion asked for": [], "another occasion asked for": []}
+    for part in range(8):
+        rest = [r for n, r in enumerate(references) if n % 8 != part]
+        fluency, occasions = CharacterModel([r.response for r in rest]), OccasionModel(rest)
+        for reference in references[part::8]:
+            text = reference.response
+            strange["known"].append(known.strangeness(text))
+            strange["left out"].append(fluency.strangeness(text))
+            shuffled = "".join(rng.sample(text, len(text)))
+            strange["left out, every clause shuffled"].append(fluency.strangeness(shuffled))
+            backwards["left out"].append(fluency.backwards(text))
+            reversed_ = re.sub("[^，。！？；]{5,}", lambda clause: clause[0][::-1], text, count=1)
+            if reversed_ != text:
+                backwards["left out, one clause reversed"].append(fluency.backwards(reversed_))
+            likeness, elsewhere = occasions.likeness(text), rng.choice(references)
+            for name, asked in zip(other, (reference, elsewhere), strict=True):
+                kin = kindred(asked.occasion)
+                fits = asked is reference or reference.occasion not in kin
+                if asked.occasion in OCCASIONS and fits and not _signs_of([asked.occasion], text):
+                    other[name].append(occasions.elsewhere(likeness, kin))
+    for name, scores in strange.items():
+        marks = {f"{q}%": round(sorted(scores)[int(q / 100 * (len(scores) - 1))], 2) for q in (1, 50, 99)}
+        print(f"strangeness, {name}: {marks}")
+    for name, scores in backwards.items():
+        print(f"reads better backwards, {name}: {sum(s > BACKWARDS for s in scores) / len(scores):.1%}")
+    for name, found in other.items():
+        print(f"no sign of the occasion and more like another, {name}: {sum(found) / len(found):.1%} of {len(found)}")
 
 
 if __name__ == "__main__":

@@ -93,15 +93,21 @@ class Judgement(Candidate):
     examples: list[str] = []  # ids of the retrieved references
     positive: list[str] = []
     negative: list[str] = []
-    judge: dict | None = None  # {reason, verdict}
-    reflect: dict | None = None  # {reason, verdict}
+    judge: dict | None = None  # {reason, verdict}, of the first vote that is with the majority
+    reflect: dict | None = None  # {reason, verdict}, of the same vote
     votes: list[Literal[0, 1]] = []  # the verdicts that decided the label: one, or --votes
+    judge_votes: list[Literal[0, 1]] = []  # what Judge said in each of them, before Reflect
     label: Literal[0, 1] | None = None
     error: str | None = None
     model: str = ""
     prompts: dict[str, str] = {}  # role -> hash of its prompt file
     input_tokens: int = 0
     output_tokens: int = 0
+
+
+def two_sided(chosen: str, rejected: str) -> bool:
+    """Whether a pair has two sides: two texts, and not the same."""
+    return bool(chosen.strip() and rejected.strip() and chosen.strip() != rejected.strip())
 
 
 class Preference(Record):
@@ -116,9 +122,10 @@ class Preference(Record):
 
     @model_validator(mode="after")
     def _two_sides(self):
-        chosen, rejected = (side[-1].get("content", "").strip() for side in (self.chosen, self.rejected))
-        if not chosen or not rejected or chosen == rejected:
-            what = "chosen and rejected are the same text" if chosen == rejected else "one side is empty"
+        chosen, rejected = (side[-1].get("content", "") for side in (self.chosen, self.rejected))
+        if not two_sided(chosen, rejected):
+            same = chosen.strip() == rejected.strip()
+            what = "chosen and rejected are the same text" if same else "one side is empty"
             raise ValueError(f"{what}: delete the pair")
         return self
 
@@ -227,7 +234,7 @@ class Appender:
 def replace_file(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another process may write the same file
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
@@ -308,7 +315,12 @@ def file_hash(path: Path | str) -> str:
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
     if not files:
         return ""
-    return digest(*(hashlib.sha256(p.read_bytes()).hexdigest() for p in files))
+    return digest(*map(_sha256, files))
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Stage:

@@ -23,7 +23,18 @@ import jsonlines
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.llm import PROMPTS
 from common.models import NgramClassifier, conversation, length_rule
-from common.records import Candidate, Demonstration, Labelled, Preference, Query, fail, rate, replace_file, write
+from common.records import (
+    Candidate,
+    Demonstration,
+    Labelled,
+    Preference,
+    Query,
+    fail,
+    rate,
+    replace_file,
+    two_sided,
+    write,
+)
 
 REPOSITORY = "https://github.com/weixiaolong94-hub/Igniting-Creative-Writing-in-Small-Language-Models"
 FOLDS = 5
@@ -92,10 +103,6 @@ def ngrams_right(labelled: list[Labelled]) -> dict:
         unseen = labelled[fold::FOLDS]
         right += sum((odds > 0) == r.label for odds, r in zip(model([r.response for r in unseen]), unseen, strict=True))
     return rate(right, len(labelled))
-
-
-def two_sided(chosen: str, rejected: str) -> bool:
-    return bool(chosen.strip() and rejected.strip() and chosen.strip() != rejected.strip())
 
 
 def main(args: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ A reply may also be a function of the request's body: `critic` answers as the ru
 """
 
 import json
+import math
 import sys
 import threading
 import time
@@ -59,14 +60,28 @@ def raw(body: object, content_type: str = "application/json") -> Reply:
     return Reply(body=data, headers={"content-type": content_type})
 
 
-def chat(content: object, finish_reason: str = "stop", refusal: str | None = None) -> Reply:
-    """A chat completion with this text."""
+def chat(content: object, finish_reason: str = "stop", refusal: str | None = None, logprobs: object = None) -> Reply:
+    """A chat completion with this text, and what the endpoint says of its tokens."""
     message = {"role": "assistant", "content": content, "refusal": refusal}
     usage = {"prompt_tokens": TOKENS[0], "completion_tokens": TOKENS[1], "total_tokens": sum(TOKENS)}
-    choice = {"index": 0, "finish_reason": finish_reason, "message": message}
+    choice = {"index": 0, "finish_reason": finish_reason, "message": message, "logprobs": logprobs}
     return raw(
         {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage}
     )
+
+
+def spelled(*tokens: bytes, **probabilities: dict[str, float]) -> Reply:
+    """A chat completion of these tokens; `at3={"1": 0.8}` are the probabilities listed for the fourth."""
+    listed = []
+    for number, token in enumerate(tokens):
+        top = probabilities.get(f"at{number}", {token.decode(errors="replace"): 1.0})
+        entry = [{"token": t, "logprob": math.log(p), "bytes": list(t.encode())} for t, p in top.items()]
+        chosen = top.get(token.decode(errors="replace"), 1.0)
+        listed.append({
+            "token": token.decode(errors="backslashreplace"), "logprob": math.log(chosen), "bytes": list(token),
+            "top_logprobs": entry,
+        })  # fmt: skip
+    return chat(b"".join(tokens).decode(), logprobs={"content": listed})
 
 
 def status(code: int, message: str = "told to fail", **headers: object) -> Reply:
@@ -93,6 +108,7 @@ def settings(url: str, **changed: object) -> SimpleNamespace:
         "price_out": 0.0,
         "budget": None,
         "votes": 1,
+        "graded": False,
     }
     return SimpleNamespace(**usual | changed)
 

@@ -9,6 +9,7 @@ import importlib
 import json
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -81,12 +82,12 @@ def modules() -> None:
             [{"prompt_token_ids": ids} for ids in asked], sampling_params=sampling, use_tqdm=False
         )
         found = []
-        for context in (torch.no_grad(), model.disable_adapter()):
+        for adapted in (True, False):
             gaps = []
             for ids, output in zip(asked, outputs, strict=True):
                 new = torch.tensor(output.outputs[0].token_ids)
                 engines = torch.tensor([next(iter(at.values())).logprob for at in output.outputs[0].logprobs])
-                with context, torch.no_grad():
+                with nullcontext() if adapted else model.disable_adapter(), torch.no_grad():
                     logits = model(input_ids=torch.tensor([ids + new.tolist()])).logits[0, len(ids) - 1 : -1].float()
                 gaps.append((logits.log_softmax(-1).gather(1, new[:, None])[:, 0] - engines).abs())
             found.append(torch.cat(gaps).mean().item())

@@ -3,6 +3,7 @@
 import importlib
 import json
 import random
+import shutil
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path
@@ -72,17 +73,17 @@ def test_screening_says_why(tmp_path: Path, references: list[Reference]) -> None
     write(tmp_path / "candidates.jsonl", rows)
     args = Namespace(run=tmp_path, max_similar=0.9, max_copied=0.8)
     copied = "copies a reference"
-    assert curation.screen(args, references) == {
+    assert {c.id: reason for c, reason in curation.screen(args, references) if reason} == {
         "same": "duplicate", "near": "near-duplicate", "copy": copied, "cut": copied,
     }  # fmt: skip
     everything = Namespace(run=tmp_path, max_similar=1.0, max_copied=1.0)
-    assert curation.screen(everything, references) == {"same": "duplicate"}
+    assert [c.id for c, reason in curation.screen(everything, references) if reason] == ["same"]
 
 
 @pytest.fixture
 def args(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Namespace:
     monkeypatch.setattr(curation, "INDEX", tmp_path / "index")
-    return Namespace(examples=3, embedding_model=None)
+    return Namespace(examples=3, embedding_model=None, shard=None)
 
 
 def test_retrieval_finds_the_occasion_and_never_the_query_itself(args: Namespace, references: list[Reference]) -> None:
@@ -120,6 +121,56 @@ def test_an_embedding_model_is_used_and_its_index_kept(
     monkeypatch.setattr(models, "Embedding", None)  # a second run must not need it
     again = curation.Retrieval(args, references[:50], [query])(query, "")
     assert len(first) == 3 and [r.id for r in first] == [r.id for r in again]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> tuple[list, Path]:
+    """(the flags of every part, the folder): 400 labelled greetings curated by one run, one/, and in three parts."""
+    folder = tmp_path_factory.mktemp("shards")
+    rows = (ROOT / "data/labelled.jsonl").read_text(encoding="utf-8").splitlines()
+    random.Random(0).shuffle(rows)
+    (folder / "candidates.jsonl").write_text("\n".join(rows[:400]) + "\n", encoding="utf-8")
+    flags = ["--offline", "--samples", 0, "--candidates", folder / "candidates.jsonl"]
+    for name, *part in (("one",), *((str(n), "--shard", f"{n}/3") for n in (1, 2, 3))):
+        done = run_script("01_curate_preferences.py", *flags, "--run", folder / name, *part)
+        assert done.returncode == 0, done.stderr
+    return flags, folder
+
+
+def test_three_shards_merged_are_one_run(shards: tuple[list, Path], tmp_path: Path) -> None:
+    flags, folder = shards
+    merging = [*flags, "--run", tmp_path / "run", "--merge", *(folder / name for name in "312")]
+    done = run_script("01_curate_preferences.py", *merging)
+    assert done.returncode == 0, done.stderr
+    for name in ("preferences.jsonl", "sft.jsonl"):
+        assert (tmp_path / "run" / name).read_bytes() == (folder / "one" / name).read_bytes()
+    asked = [{row["query"] for row in lines(folder / name / "candidates.jsonl")} for name in "123"]
+    assert all(asked) and not (asked[0] & asked[1] or asked[0] & asked[2] or asked[1] & asked[2])
+    merged, one = (json.loads((run / "01_summary.json").read_text()) for run in (tmp_path / "run", folder / "one"))
+    for name in ("candidates", "judged", "accepted", "pairs", "fates", "ledger", "agreement_with_given_labels"):
+        assert merged[name] == one[name], name
+    again = run_script("01_curate_preferences.py", *merging)
+    assert again.returncode == 0 and "done already" in again.stdout
+
+
+@pytest.mark.parametrize("wrong", ["missing", "twice", "other flags", "unfinished", "same id", "whole"])
+def test_what_is_no_set_of_shards_is_refused(shards: tuple[list, Path], tmp_path: Path, wrong: str) -> None:
+    flags, folder = shards
+    for name in "123":
+        shutil.copytree(folder / name, tmp_path / name)
+    if wrong == "unfinished":
+        with (tmp_path / "3/judgements.jsonl").open("a", encoding="utf-8") as file:
+            file.write("\n")
+    if wrong == "same id":
+        with (tmp_path / "3/candidates.jsonl").open("a", encoding="utf-8") as file:
+            file.write((tmp_path / "1/candidates.jsonl").read_text(encoding="utf-8").splitlines()[0] + "\n")
+    names = {"missing": "13", "twice": "1223"}.get(wrong, "123")
+    runs = [folder / "one", *(tmp_path / name for name in names)] if wrong == "whole" else [tmp_path / n for n in names]
+    more = ["--votes", 3] if wrong == "other flags" else []
+    done = run_script("01_curate_preferences.py", *flags, *more, "--run", tmp_path / "run", "--merge", *runs)
+    told = {"other flags": "votes=1", "unfinished": "not finished", "same id": "both hold"}.get(wrong, "--merge needs")
+    assert done.returncode == 2 and told in done.stderr and done.stderr.count("error: ") == 1, done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "run/preferences.jsonl").exists()
 
 
 def test_several_policies_and_temperatures(run: Path, tmp_path: Path) -> None:

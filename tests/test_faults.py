@@ -273,7 +273,7 @@ def test_a_budget_stops_it_and_a_higher_one_goes_on(server: Served, tmp_path: Pa
     assert stopped.returncode == 2 and "--budget" in line and 50 <= len(server.asked) <= 50 + 8
     done = curate(run, candidates, server.url, "--price-in", 2, "--price-out", 10)
     assert done.returncode == 0 and len(server.asked) == 120
-    assert summary(run)["money"] == pytest.approx(120 * (11 * 2 + 7 * 10) / 1e6, abs=1e-4)
+    assert summary(run)["ledger"]["money"] == pytest.approx(120 * (11 * 2 + 7 * 10) / 1e6, abs=1e-4)
 
 
 def test_votes_are_counted_and_ablations_leave_agents_out(server: Served, tmp_path: Path) -> None:
@@ -289,6 +289,19 @@ def test_votes_are_counted_and_ablations_leave_agents_out(server: Served, tmp_pa
     for row in lines(tmp_path / "votes/judgements.jsonl"):
         assert row["votes"] == [1, 0, 1] and row["label"] == 1
     assert summary(tmp_path / "votes")["votes_agree"]["value"] == pytest.approx(2 / 3, abs=1e-3)
+
+    def late(request: dict) -> Reply:  # the first vote is in the minority: what is recorded is the second's
+        role, seed = request["response_format"]["json_schema"]["name"], request["seed"]
+        verdict = {"reason": f"{role} {seed}", "verdict": int(seed != 0)}
+        return chat(json.dumps(verdict)) if role in ("judge", "reflect") else critic(request)
+
+    server.replies[:] = [late]
+    assert curate(tmp_path / "late", candidates, server.url, "--votes", 3).returncode == 0
+    for row in lines(tmp_path / "late/judgements.jsonl"):
+        assert row["votes"] == [0, 1, 1] == row["judge_votes"] and row["label"] == 1
+        assert (row["judge"]["reason"], row["reflect"]["reason"]) == ("judge 1", "reflect 1")
+    assert summary(tmp_path / "late")["overturned"]["n"] == 30
+
     server.replies[:] = [critic]
     for flag, roles in (
         ("--no-retrieval", {"positive", "negative", "judge", "reflect"}),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -9,11 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, lines
-from endpoint import Reply, Served, chat, critic, endpoint, status
+from conftest import ROOT, lines, run_script
+from endpoint import TOKENS, Reply, Served, chat, critic, endpoint, spelled, status
 from test_llm import data_of
 
 from common.llm import read_rules
+from common.offline import tiny_policy
+from common.records import Labelled, read, split_labelled
 
 SCRIPT = "03_refine_judge.py"
 SMALL = ["--rounds", "3", "--batch", "12", "--attacks", "6", "--bank", "13", "--patience", "3"]
@@ -74,6 +77,39 @@ def test_it_gets_better_and_what_it_did_is_on_record(server: Served, tmp_path: P
     assert len(attacked) >= 12 and len(unseen) > 12
 
 
+def test_tokens_are_those_of_the_answers_that_a_version_rests_on(
+    server: Served, tmp_path: Path, labelled: Path
+) -> None:
+    versions, summary = refine(tmp_path / "run", labelled, server.url, "--votes", 3)
+    rounds, so_far = ([v["tokens"][key] for v in versions] for key in ("round", "so_far"))
+    assert [[sum(r[side] for r in rounds[: n + 1]) for side in (0, 1)] for n in range(len(rounds))] == so_far
+    validation = split_labelled(read(labelled, Labelled), 0)["validation"]
+    fixed = [row for row in lines(tmp_path / "run/redteam.jsonl") if row["source"] == "fixed"]
+    judged = {(r.query, r.response) for r in validation} | {(r["query"], r["response"]) for r in fixed}
+    assert rounds[0] == [3 * len(judged) * tokens for tokens in TOKENS]
+    assert len(versions) > 1 and rounds[1][0] > 0 and summary["tokens"] == so_far[-1]
+    spent = [summary["ledger"][name] for name in ("input_tokens", "output_tokens")]
+    test_part = 2 * 3 * (summary["test"]["final"]["n"] + summary["test"]["final"]["false_accept"]["n"])
+    assert [s - t for s, t in zip(spent, so_far[-1], strict=True)] <= [test_part * tokens for tokens in TOKENS]
+
+
+def test_attribution_and_repetition_are_added_without_a_new_round(
+    server: Served, tmp_path: Path, labelled: Path
+) -> None:
+    run = tmp_path / "run"
+    _, before = refine(run, labelled, server.url)
+    files = [(run / name).read_bytes() for name in ("principles.jsonl", "redteam.jsonl")]
+    server.asked.clear()
+    _, after = refine(run, labelled, server.url, "--attribute", "--repeat", 1)
+    assert {role(r) for r in server.asked} == {"detector"}
+    assert [(run / name).read_bytes() for name in ("principles.jsonl", "redteam.jsonl")] == files
+    assert after["test"] == before["test"] and after["failures"] == before["failures"]
+    assert {row["without"] for row in after["attribute"]} == set(before["principles"]) and not before["attribute"]
+    assert after["same_when_asked_again"]["n"] and not before["same_when_asked_again"]["n"]
+    server.asked.clear()
+    assert refine(run, labelled, server.url, "--attribute", "--repeat", 1)[1] == after and not server.asked
+
+
 def test_a_poisoned_rewrite_is_rolled_back(server: Served, tmp_path: Path, labelled: Path) -> None:
     """An Optimiser that drops every rule but one, which nothing breaks: everything would pass."""
 
@@ -122,6 +158,28 @@ def test_a_judge_that_always_says_yes_is_called_that(server: Served, tmp_path: P
     _, summary = refine(tmp_path / "run", labelled, server.url)
     final = summary["test"]["final"]
     assert summary["constant"] and final["kappa"] == 0 and final["false_accept"]["value"] == 1.0
+
+
+def test_a_grade_is_the_reward_of_step_4(server: Served, run: Path, tmp_path: Path) -> None:
+    """GRPO for one step against an endpoint with logprobs: the reward is P(verdict = 1), not the verdict."""
+
+    def graded(request: dict) -> Reply:
+        good = b"1" if len(data_of(request["messages"])["response"]) % 2 else b"0"
+        odds = {"1": 0.6, "0": 0.2} if good == b"1" else {"1": 0.1, "0": 0.9}
+        return spelled(b'{"reason": "', "好".encode(), b'", "verdict": ', good, b"}", at3=odds)
+
+    server.replies[:] = [graded]
+    flags = ["--reward", "judge", "--graded", "--run", tmp_path / "run", "--queries", run.parent / "queries.jsonl"]
+    flags += ["--policy", tiny_policy(), "--bits", 16, "--base-url", server.url, "--model", "m", "--steps", 1]
+    flags += ["--queries-per-step", 4, "--mini-batch", 4, "--micro-batch", 16, "--max-tokens", 24]
+    shutil.copytree(run / "policy_sft", tmp_path / "run/policy_sft")
+    shutil.copy(run / "principles.jsonl", tmp_path / "run/principles.jsonl")
+    done = run_script("04_grpo.py", *flags, NO_PROXY="127.0.0.1")
+    assert done.returncode == 0, done.stderr
+    rows = [row for row in lines(tmp_path / "run/rollouts_judge.jsonl") if row["response"].strip()]
+    assert len(rows) > 8
+    for row in rows:
+        assert row["reward"] == pytest.approx(0.75 if len(row["response"]) % 2 else 0.1), row
 
 
 @pytest.mark.parametrize(("flag", "silent"), [("--no-adversary", "generator"), ("--no-reflection", "reflector")])

@@ -11,7 +11,7 @@ from email.utils import formatdate
 from pathlib import Path
 
 import pytest
-from endpoint import Reply, Served, chat, endpoint, raw, settings, status
+from endpoint import Reply, Served, chat, endpoint, raw, settings, spelled, status
 
 from common import llm
 from common.records import ROOT
@@ -364,3 +364,115 @@ def test_the_majority_of_the_votes_counts(
     else:
         assert asyncio.run(judging()).verdict == majority
     assert sorted(r["temperature"] for r in server.asked) == [0.0, 0.7, 0.7]
+
+
+HEAD = (b'{"reason": "', "好".encode()[:2], "好".encode()[2:], b'", "')
+DIGIT = {"1": 0.6, "0": 0.2, "2": 0.1}
+
+
+def judged(url: str, run: Path, count: int = 1, **changed: object) -> list[llm.Verdict | llm.Unusable]:
+    """What the judge says of `count` greetings, asked at once."""
+
+    async def judging() -> list:
+        async with llm.Client(settings(url, **changed), run) as client:
+            asking = (llm.judge(client, "教师节", f"老师好{n}。", ["通顺"]) for n in range(count))
+            return await asyncio.gather(*asking, return_exceptions=True)
+
+    return asyncio.run(judging())
+
+
+@pytest.mark.parametrize(
+    ("reply", "grade"),
+    [
+        (spelled(*HEAD, b'verdict": ', b"1", b"}", at5=DIGIT), 0.75),
+        (spelled(*HEAD, b'verdict": ', b"0", b"}", at5=DIGIT), 0.75),  # sampled against the odds
+        (spelled(*HEAD, b'verdict":', b" 1}", at5={" 1}": 0.3, " 1": 0.3, " 0}": 0.1, "0": 0.1}), 0.75),
+        (spelled(*HEAD, b"verd", b'ict": 1', b"}", at5={'ict": 1': 0.9, 'ict": 0': 0.1}), 0.9),
+        (spelled(*HEAD, b'verdict": ', b"1", b"}", at5={"1": 0.6, "2": 0.2}), 0.75),  # 0 is not listed: the rest
+        (spelled(*HEAD, b'verdict": ', b"0", b"}", at5={"0": 0.75}), 0.25),
+        (spelled(b'{"reason": "\\"verdict\\": 0, ', *HEAD[1:], b'verdict": ', b"1", b"}", at5=DIGIT), 0.75),
+        (spelled(b"```json\n", *HEAD, b'verdict"\n:\n', b"1", b"}\n```", at6=DIGIT), 0.75),
+    ],
+    ids=["plain", "against", "spaced", "split", "unlisted", "zero", "quoted", "fenced"],
+)  # fmt: skip
+def test_a_grade_is_the_probability_of_the_verdict(server: Served, tmp_path: Path, reply: Reply, grade: float) -> None:
+    server.replies[:] = [reply]
+    for _ in range(2):  # the second from the cache
+        (verdict,) = judged(server.url, tmp_path, graded=True)
+        assert verdict.reward == verdict.grade == pytest.approx(grade)
+        assert (
+            verdict.verdict
+            == json.loads(json.loads(reply.body)["choices"][0]["message"]["content"].strip("`json\n"))["verdict"]
+        )
+    (request,) = server.asked
+    assert request["logprobs"] is True and request["top_logprobs"] == 20
+    assert request["response_format"]["json_schema"]["schema"] == llm.Verdict.model_json_schema()
+
+
+def without(**changed: object) -> Reply:
+    """A verdict whose last but one token has other logprobs than it should."""
+    body = json.loads(spelled(*HEAD, b'verdict": ', b"1", b"}", at5=DIGIT).body)
+    body["choices"][0]["logprobs"]["content"][5] |= changed
+    return raw(body)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        GOOD, chat('{"reason": "好", "verdict": 1}', logprobs={"content": None}),
+        chat('{"reason": "好", "verdict": 1}', logprobs={"content": []}), without(logprob="?"),
+        chat('{"reason": "好", "verdict": 1}', logprobs={"content": [{"token": '"verdict": 0', "logprob": -0.1}]}),
+        without(top_logprobs=[{"token": "1", "logprob": float("nan")}], logprob=float("nan")),
+        without(top_logprobs=[{"token": "1"}]), without(bytes=[999]),
+    ],
+)  # fmt: skip
+def test_a_verdict_without_logprobs_is_no_grade(
+    server: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str], reply: Reply
+) -> None:
+    server.replies[:] = [reply]
+    found = judged(server.url, tmp_path, 3, graded=True)
+    assert [str(one) for one in found] == ["no logprobs of the verdict"] * 3 and len(server.asked) == 3
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "--graded" in line
+    assert ledger(tmp_path)["outcomes"] == {"no logprobs of the verdict": 3}
+
+
+def test_graded_and_ungraded_answers_are_kept_apart(server: Served, tmp_path: Path) -> None:
+    server.replies[:] = [spelled(*HEAD, b'verdict": ', b"1", b"}", at5=DIGIT)]
+    for _ in range(2):
+        (plain,) = judged(server.url, tmp_path)
+        (graded,) = judged(server.url, tmp_path, graded=True)
+        assert type(plain) is llm.Verdict and plain.reward == 1.0 and graded.reward == pytest.approx(0.75)
+    assert ["logprobs" in request for request in server.asked] == [False, True]
+    server.replies[:] = [chat('{"reason": "好", "verdict": 1, "grade": 0.9}')]  # a grade is nothing a model may claim
+    assert "not the JSON" in str(judged(server.url, tmp_path, graded=True, seed=7)[0])
+
+
+def test_the_grade_of_votes_is_their_mean(server: Served, tmp_path: Path) -> None:
+    votes = [
+        spelled(*HEAD, b'verdict": ', digit, b"}", at5={"1": p, "0": 1 - p})
+        for digit, p in ((b"1", 0.9), (b"0", 0.2), (b"1", 0.7))
+    ]  # fmt: skip
+    server.replies[:] = [lambda request: votes[request["seed"]]]
+    (verdict,) = judged(server.url, tmp_path, graded=True, votes=3)
+    assert verdict.verdict == 1 and verdict.grade == pytest.approx(0.6) and verdict.tokens == (33, 21)
+
+
+def test_a_refusal_stops_the_judge_whatever_else_failed(server: Served, tmp_path: Path) -> None:
+    """The first vote brings nothing usable, the third that the key is refused: that is what has to be heard."""
+    replies = {0: status(400), 1: GOOD, 2: status(401)}
+    server.replies[:] = [lambda request: replies[request["seed"]]]
+    with pytest.raises(SystemExit) as end:
+
+        async def judging() -> llm.Verdict:
+            async with llm.Client(settings(server.url, votes=3), tmp_path) as client:
+                return await llm.judge(client, "教师节", "老师好。", ["通顺"])
+
+        asyncio.run(judging())
+    assert end.value.code == 2
+
+
+def test_the_rule_based_critic_gives_no_grades(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        judged("", tmp_path, graded=True, offline=True)
+    assert end.value.code == 2 and "--graded" in capsys.readouterr().err

@@ -90,7 +90,30 @@ def test_the_critic_accepts_most_references_and_good_greetings() -> None:
     good = [(r.query, r.response) for r in read(ROOT / "data/labelled.jsonl", Labelled) if r.label]
     good += [(r.query, r.response) for r in read(ROOT / "data/references.jsonl", Reference)]
     clean = sum(2 not in offline.flaws_of(*pair).values() for pair in good)
-    assert clean / len(good) > 0.85
+    assert clean / len(good) > 0.9
+
+
+@pytest.mark.parametrize("clause", [0, 2])
+def test_one_clause_written_backwards_is_noticed_in_a_text_of_its_own(clause: int) -> None:
+    parts = ["老师，您批改过的作文本我还留着", "红笔写的那句别怕写错", "后来陪我走了很远的路", "教师节快乐。"]
+    fresh, query = "，".join(parts), "教师节祝福 老师"
+    parts[clause] = parts[clause][::-1]
+    assert "broken" not in offline.flaws_of(query, fresh)
+    assert offline.flaws_of(query, "，".join(parts))["broken"] == 2
+
+
+def test_a_greeting_without_a_sign_of_the_occasion_is_wrong_only_if_more_like_another() -> None:
+    """None of these names an occasion: the second is plainly no greeting for a new baby."""
+    own = "红毯这头到那头，你们走了六年。恭喜二位，愿往后一把伞下两个人，一锅汤里两双筷。"
+    assert offline.flaws_of("给新人的结婚祝福", own).get("wrong_occasion", 0) < 2
+    assert offline.flaws_of("朋友家宝宝满月祝福", own)["wrong_occasion"] == 2
+
+
+def test_thanks_are_no_house_warming() -> None:
+    assert offline.flaws_of("谢谢医生的话", "贺您乔迁之喜，愿新屋里常有茶香和笑声。")["wrong_occasion"] == 2
+    assert "wrong_occasion" not in offline.flaws_of(
+        "谢谢医生的话", "搬进新居那天我还咳着，是您一句句嘱咐好的，谢谢您。"
+    )
 
 
 def test_the_optimiser_adds_what_is_missing_and_drops_what_is_too_strict() -> None:
