@@ -99,7 +99,7 @@ def modules() -> None:
         for number, (name, part) in enumerate(
             [*parts, parts[0]]
         ):  # the first again: a swap back, with the same prompts
-            part.data = torch.randn(part.shape, generator=torch_rng) * 0.1
+            part.data = torch.randn(part.shape, generator=torch_rng) * 0.3
             model.save_pretrained(f"{scratch}/{number}")
             engine.use(Path(scratch, str(number)))
             found[f"{number} {name}"] = distances()
