@@ -3,6 +3,7 @@
     python data/import_paper.py CLONE --out data/paper
     python bench/reward_model.py                    # seeds 0, 1, 2; hours on two cores
     python bench/reward_model.py --seeds 0 --pairs 2000
+    python bench/reward_model.py --seeds 0 --pairs 2000 --each    # what each kind of spoilt text is worth
 
 Plain: the pairs as released, batches of any lengths, no calibration. Robust: the defaults of step 2. Both see the same
 test pairs and the same attacks. A figure is the mean over the seeds, with the lowest and the highest.
@@ -41,12 +42,31 @@ def figures(summary: dict) -> dict[str, float]:
     return found
 
 
+def show_each(args: argparse.Namespace, data: Path, robust: list[dict]) -> None:
+    """For each kind of spoilt text: right under its attack, and on all pairs, with the kind and without it."""
+    print(f"\n{len(args.seeds)} seeds, {robust[0]['train_pairs']} training pairs; means over the seeds")
+    print("\n| kind left out | its attack, with it | without it | all pairs, with it | without it | n |")
+    print("|---|---|---|---|---|---|")
+    for attack in [name for name in robust[0]["eval"] if name.startswith("attack: ")]:
+        kind = attack.removeprefix("attack: ")
+        without = [
+            train(args.out / f"without_{kind}_{args.pairs}_{seed}", data, seed, ["--without", kind])
+            for seed in args.seeds
+        ]
+        cells = [
+            f"{statistics.mean(summary['eval'][name]['value'] for summary in summaries):.1%}"
+            for name in (attack, "all") for summaries in (robust, without)
+        ]  # fmt: skip
+        print(f"| {kind} | {' | '.join(cells)} | {robust[0]['eval'][attack]['n']} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=ROOT / "data/paper", help="what import_paper.py wrote")
     parser.add_argument("--out", type=Path, default=ROOT / "outputs/bench_rm", help="folder of the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--pairs", type=int, help="train on the first so many pairs only")
+    parser.add_argument("--each", action="store_true", help="leave out each kind of spoilt text in turn")
     args = parser.parse_args()
     data = args.out / f"data_{args.pairs}"
     data.mkdir(parents=True, exist_ok=True)
@@ -57,6 +77,9 @@ def main() -> None:
         kind: [train(args.out / f"{kind}_{args.pairs}_{seed}", data, seed, flags) for seed in args.seeds]
         for kind, flags in KINDS.items()
     }
+    if args.each:
+        show_each(args, data, runs["robust"])
+        return
     tables = {kind: [figures(summary) for summary in summaries] for kind, summaries in runs.items()}
     first = runs["robust"][0]
     print(f"\n{len(args.seeds)} seeds, {first['train_pairs']} training pairs, {first['test_pairs']} test pairs")
