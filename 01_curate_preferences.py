@@ -58,6 +58,7 @@ from common.records import (
 # recited: it has seen nothing but the references.
 OFFLINE = {
     "bits": 16, "samples": 7, "temperature": [0.7], "max_tokens": 48, "batch_size_generate": 256, "max_copied": 1.0,
+    "engine": "hf",
 }  # fmt: skip
 ROLES = ["positive", "negative", "judge", "reflect"]
 INDEX = ROOT / "outputs" / "index"  # neighbours of queries, embeddings of references; shared by every run
@@ -88,9 +89,11 @@ def parse_args() -> argparse.Namespace:
     add("--no-debate", action="store_true", help="ablation: the Judge hears no debate")
     add("--no-reflect", action="store_true", help="ablation: the Judge's verdict stands")
     models.add_policy_flags(parser)
+    models.add_engine_flag(parser)
     llm.add_endpoint_flags(parser)
     add_run_flags(parser)
     args = parse(parser, OFFLINE)
+    models.choose_engine(args)
     if not args.samples and not args.candidates:
         fail("--samples 0 leaves nothing to judge; name files with --candidates")
     if args.shard and args.merge:
@@ -114,7 +117,7 @@ def candidate_settings(args: argparse.Namespace) -> dict:
     return {
         "seed": args.seed, "queries": file_hash(args.queries), "policies": policies, "bits": args.bits,
         "samples": args.samples, "temperature": args.temperature, "max_tokens": args.max_tokens,
-        "batch": args.batch_size_generate,
+        "batch": args.batch_size_generate, "engine": args.engine,
         "prompts": llm.prompt_hashes(["policy"], args.prompts), "files": [file_hash(p) for p in args.candidates],
     }  # fmt: skip
 
@@ -161,15 +164,15 @@ def sample_from(args: argparse.Namespace, policy: str, queries: list[Query], app
     models.quiet()
     adapter = Path(policy, "adapter_config.json")
     base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else policy
-    model, tokenizer = models.load_policy(base, args.bits, Path(policy) if adapter.is_file() else None)
+    write_greetings = models.Writer(args, base)
     done, chunk = 0, 4 * args.batch_size_generate  # written as it is done: a killed run loses one chunk
     for temperature, same in itertools.groupby(slots, key=lambda slot: slot[1]):
         while part := list(itertools.islice(same, chunk)):
             done += len(part)
-            texts = models.generate(
-                model, tokenizer, [models.conversation(query.query, args.prompts) for _, _, query in part],
-                temperature=temperature, top_p=1.0, max_tokens=args.max_tokens, batch_size=args.batch_size_generate,
-                seed=int(part[0][0][:8], 16), progress=f"candidates {done}/{len(slots)}",
+            texts = write_greetings(
+                adapter.parent if adapter.is_file() else None,
+                [models.conversation(query.query, args.prompts) for _, _, query in part],
+                temperature=temperature, seed=int(part[0][0][:8], 16), progress=f"candidates {done}/{len(slots)}",
             )  # fmt: skip
             for (key, _, query), text in zip(part, texts, strict=True):
                 append(Candidate(

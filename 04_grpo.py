@@ -59,7 +59,6 @@ OFFLINE = {
     "save_every": 8, "watch_every": 8, "engine": "hf",
 }  # fmt: skip
 REWARDS = ("none", "rm", "judge", "both")
-MOST_PROMPT = 256  # tokens of a prompt
 PAUSES = (5.0, 30.0)  # seconds before the judge is asked again for a step in which over a fifth of the answers failed
 GIB = 1024**3
 
@@ -88,7 +87,6 @@ def parse_args() -> argparse.Namespace:
     add("--kl", type=float, default=0.001, help="coefficient of the KL term (%(default)s)")
     add("--judge-weight", type=float, default=0.5, help="of the verdict in --reward both (%(default)s)")
     add("--length-penalty", type=float, default=0.0, help="taken off the reward for every 100 characters (%(default)s)")
-    add("--engine", choices=("hf", "vllm"), help="of the rollouts (vllm on a GPU, hf: transformers, elsewhere)")
     add("--sleep", action="store_true", help="put vLLM's weights and cache away while the trainer works")
     add("--max-gap", type=float, default=0.05, help="mean difference of the engine's and the trainer's log-probability "
         "of a token from which the run stops (%(default)s)")  # fmt: skip
@@ -102,6 +100,7 @@ def parse_args() -> argparse.Namespace:
     add("--gpu-memory", type=float, help="GiB of the GPU (the one there, else 79: a card of 80 GB)")
     add("--judge-memory", type=float, default=30.0, help="GiB for a judge served on the same GPU (%(default)s)")
     models.add_policy_flags(parser)
+    models.add_engine_flag(parser)
     llm.add_endpoint_flags(parser)
     add_run_flags(parser)
     args = parse(parser, OFFLINE)
@@ -126,7 +125,7 @@ def plan(args: argparse.Namespace, base: str) -> dict[str, float]:
     adapter = layers * args.rank * (4 * h + 2 * (h + kv) + 3 * (h + wide))
     # NF4: half a byte a weight, and a scale of 4 bytes for each 64 of them; embeddings and head stay in bf16.
     weights = 2 * embedded + linear * (0.5 + 4 / 64 if args.bits == 4 else 2)
-    length = MOST_PROMPT + args.max_tokens
+    length = models.MOST_PROMPT + args.max_tokens
     tokens = args.micro_batch * length
     kept = layers * tokens * h * 2  # what gradient checkpointing keeps: the input of each layer, in bf16
     layer = tokens * (16 * h + 6 * wide) * 2 + 2 * h * wide  # one layer made again, and its largest matrix dequantised
@@ -397,10 +396,12 @@ def grpo(args: argparse.Namespace, base: str) -> dict:
     model, tokenizer = models.load_policy(base, args.bits, args.run / "policy_sft", trainable=True)
     rows = [{"prompt": models.conversation(q.query, args.prompts), "query": q.query} for q in queries]
     rows = [
-        r for r in rows if len(tokenizer.apply_chat_template(r["prompt"], tokenize=True)["input_ids"]) <= MOST_PROMPT
+        r
+        for r in rows
+        if len(tokenizer.apply_chat_template(r["prompt"], tokenize=True)["input_ids"]) <= models.MOST_PROMPT
     ]
     if left_out := len(queries) - len(rows):
-        print(f"04: {left_out} of {len(queries)} queries make prompts of over {MOST_PROMPT} tokens and are left out")
+        print(f"04: the prompts of {left_out} queries have over {models.MOST_PROMPT} tokens: they are left out")
 
     class CheckedTrainer(GRPOTrainer):
         """TRL's trainer, which learns from no rollout that is not the policy's, and times its phases."""
@@ -458,7 +459,8 @@ def grpo(args: argparse.Namespace, base: str) -> dict:
         # Rollouts are not in a checkpoint, so it is taken only when those of a step are used up.
         save_strategy="steps", save_steps=args.save_every * updates, save_total_limit=2,
         use_vllm=vllm, vllm_mode="colocate", vllm_enable_sleep_mode=args.sleep,
-        vllm_max_model_length=MOST_PROMPT + args.max_tokens, vllm_gpu_memory_utilization=engine_share(args, base),
+        vllm_max_model_length=models.MOST_PROMPT + args.max_tokens,
+        vllm_gpu_memory_utilization=engine_share(args, base),
         **models.trainer_settings(args.bits, args.report_to),
     )  # fmt: skip
     metrics = args.run / f"metrics_{args.reward}.jsonl"
@@ -478,6 +480,7 @@ def grpo(args: argparse.Namespace, base: str) -> dict:
     steps = [json.loads(line) for line in metrics.read_text().splitlines()]
     seconds = {phase: sum(s.get(f"seconds/{phase}", 0.0) for s in steps) for phase in ("generate", "sync", "reward")}
     seconds["train"] = sum(s["step_time"] for s in steps) - sum(seconds.values())
+    seconds["total"] = sum(seconds.values())
     gaps = [s["sampling/sampling_logp_difference/mean"] for s in steps if vllm]
     syncs = trainer.vllm_generation.syncs if vllm else []
     mean = [s["reward"] for s in steps]

@@ -19,6 +19,7 @@ from common.records import ROOT, digest, fail, positive
 DEFAULT_POLICY = "Qwen/Qwen2.5-7B-Instruct"
 LORA_TARGETS = "all-linear"
 DEQUANTISED = ROOT / "outputs" / "dequantised"  # rollout bases, shared by every run
+MOST_PROMPT = 256  # tokens of a policy's prompt
 TRL_VERSION = "1.16.0"  # whose VLLMGeneration `adapter_sync` was written against
 
 
@@ -288,14 +289,24 @@ def rollout_base(base: str, bits: int) -> str:
     return str(folder)
 
 
+def add_engine_flag(parser) -> None:
+    """The flag of every script that writes with a policy."""
+    parser.add_argument(
+        "--engine", choices=("hf", "vllm"), help="what writes: vLLM, or transformers (vllm on a GPU where it is "
+        "installed, else hf)",
+    )  # fmt: skip
+
+
 def choose_engine(args) -> None:
     """Fill in --engine: vLLM where there is a GPU and it is installed, transformers elsewhere."""
     import importlib.util
 
-    import torch
-
     if args.engine is None:
-        args.engine = "vllm" if torch.cuda.is_available() and importlib.util.find_spec("vllm") else "hf"
+        args.engine = "hf"
+        if importlib.util.find_spec("vllm"):
+            import torch
+
+            args.engine = "vllm" if torch.cuda.is_available() else "hf"
 
 
 def engine_class(base: str, bits: int, rank: int):
@@ -323,15 +334,17 @@ def engine_class(base: str, bits: int, rank: int):
             super().__init__(**kwargs | served)
             self.adapter, self.swaps = None, 0
 
-        def use(self, folder: Path) -> None:
-            """Answer with the adapter in this folder from now on.
+        def use(self, folder: Path | None) -> None:
+            """Answer with the adapter in this folder from now on, or with the base alone.
 
             Under a new name and number each time: an adapter loaded again under its old name can meet the prefix cache
             of its predecessor (vllm#42125).
             """
             self.swaps += 1
-            self.adapter = LoRARequest(f"policy-{self.swaps}", self.swaps, str(folder))
-            self.llm_engine.add_lora(self.adapter)
+            self.adapter = None
+            if folder is not None:
+                self.adapter = LoRARequest(f"policy-{self.swaps}", self.swaps, str(folder))
+                self.llm_engine.add_lora(self.adapter)
             self.reset_prefix_cache()
 
         def generate(self, *args, **kwargs):
@@ -343,6 +356,53 @@ def engine_class(base: str, bits: int, rank: int):
             super().sleep(level=1)
 
     return AdapterLLM
+
+
+class Writer:
+    """Writes with one base and any of its adapters: by vLLM where it is chosen, else by transformers.
+
+    Kept as long as the base is the same: an engine takes a minute to start, an adapter a moment to change.
+    """
+
+    def __init__(self, args, base: str, rank: int = 64):
+        self.args, self.base = args, base
+        self.tokenizer = load_tokenizer(base)
+        self.engine = None
+        if args.engine == "vllm":
+            self.engine = engine_class(base, args.bits, rank)(
+                model=base, max_model_len=args.max_tokens + 2 * MOST_PROMPT, seed=args.seed, gpu_memory_utilization=0.5
+            )
+
+    def __call__(
+        self,
+        adapter: Path | None,
+        conversations: list[list[dict]],
+        *,
+        temperature: float,
+        seed: int,
+        progress: str = "",
+    ) -> list[str]:
+        """One sampled completion a conversation, in the order given; the same call gives the same texts."""
+        if self.engine is None:
+            if getattr(self, "loaded", None) != (adapter,):
+                self.model, _ = load_policy(self.base, self.args.bits, adapter)
+                self.loaded = (adapter,)
+            return generate(
+                self.model, self.tokenizer, conversations, temperature=temperature, top_p=1.0, seed=seed,
+                max_tokens=self.args.max_tokens, batch_size=self.args.batch_size_generate, progress=progress,
+            )  # fmt: skip
+        from vllm import SamplingParams
+
+        self.engine.use(adapter)
+        asked = [
+            self.tokenizer.apply_chat_template(c, add_generation_prompt=True, tokenize=False) for c in conversations
+        ]
+        sampling = [
+            SamplingParams(temperature=temperature, max_tokens=self.args.max_tokens, seed=seed + n)
+            for n in range(len(asked))
+        ]
+        outputs = self.engine.generate(asked, sampling_params=sampling, use_tqdm=bool(progress))
+        return [output.outputs[0].text.strip() for output in outputs]
 
 
 def adapter_sync(base: str, bits: int, rank: int):

@@ -2,8 +2,10 @@
 
 python tests/engine.py as_is FLAGS OF 04_grpo.py    (or original_base, never_sent, sent_once)
 python tests/engine.py modules                      prints {module: [gap, gap to the unperturbed policy]} as JSON
+python tests/engine.py writer                       prints three lists of greetings
 """
 
+import argparse
 import hashlib
 import importlib
 import json
@@ -99,7 +101,7 @@ def modules() -> None:
         for number, (name, part) in enumerate(
             [*parts, parts[0]]
         ):  # the first again: a swap back, with the same prompts
-            part.data = torch.randn(part.shape, generator=torch_rng) * 0.3
+            part.data = torch.randn(part.shape, generator=torch_rng) * 0.2
             model.save_pretrained(f"{scratch}/{number}")
             engine.use(Path(scratch, str(number)))
             found[f"{number} {name}"] = distances()
@@ -114,6 +116,24 @@ def modules() -> None:
     print(json.dumps(found))
 
 
+def writer() -> None:
+    """What models.Writer writes with the base, with an adapter, and with the base again."""
+    import torch
+    from peft import get_peft_model
+
+    models.quiet()
+    base = str(offline.tiny_policy())
+    write = models.Writer(argparse.Namespace(engine="vllm", bits=4, max_tokens=24, seed=0), base)
+    asked = [models.conversation(query, llm.PROMPTS) for query in QUERIES]
+    with tempfile.TemporaryDirectory() as scratch:
+        model = get_peft_model(models.load_policy(base, 4)[0], models.lora(16, 32, "CAUSAL_LM"))
+        for name, part in model.named_parameters():
+            if "lora_B" in name:
+                part.data = torch.randn(part.shape, generator=torch.Generator().manual_seed(0)) * 0.3
+        model.save_pretrained(scratch)
+        print(json.dumps([write(a, asked, temperature=1.0, seed=5) for a in (None, Path(scratch), None)]))
+
+
 if __name__ == "__main__":
     mode = sys.argv.pop(1)
-    sys.exit(modules() if mode == "modules" else step_4(mode))
+    sys.exit({"modules": modules, "writer": writer}.get(mode, lambda: step_4(mode))())
