@@ -89,6 +89,17 @@ class Grades(Answer):
     richness: Grade
 
 
+class Preferred(Answer):
+    reason: str
+    better: Literal["A", "B", "tie"]
+
+
+class Text(Answer):
+    """Free text: asked without a schema, for a policy behind an endpoint."""
+
+    text: str
+
+
 class Unusable(Exception):
     """An answer that cannot be used, or none at all; str() is the reason."""
 
@@ -428,8 +439,9 @@ class Client:
             "temperature": temperature,
             "max_tokens": MAX_TOKENS,
             "seed": self.seed + sample,
-            "response_format": response_format(role, answer),
         }
+        if answer is not Text:
+            request["response_format"] = response_format(role, answer)
         key = digest(self.endpoint, self.seed, sample, request)
         if found := self.store.get(key):
             return parsed(answer, *found)
@@ -600,6 +612,8 @@ def usable_text(completion: dict, answer: type[BaseModel]) -> str:
     text = (choice["message"].get("content") or "").strip()
     if not text:
         raise Unusable("empty")
+    if answer is Text:
+        return json.dumps({"text": text}, ensure_ascii=False)
     if fenced := re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text, flags=re.S):
         text = fenced[1]
     try:
