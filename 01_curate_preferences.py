@@ -164,13 +164,13 @@ def sample_from(args: argparse.Namespace, policy: str, queries: list[Query], app
     models.quiet()
     adapter = Path(policy, "adapter_config.json")
     base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else policy
-    write_greetings = models.Writer(args, base)
+    write_greetings = models.Writer(args)
     done, chunk = 0, 4 * args.batch_size_generate  # written as it is done: a killed run loses one chunk
     for temperature, same in itertools.groupby(slots, key=lambda slot: slot[1]):
         while part := list(itertools.islice(same, chunk)):
             done += len(part)
             texts = write_greetings(
-                adapter.parent if adapter.is_file() else None,
+                base, adapter.parent if adapter.is_file() else None,
                 [models.conversation(query.query, args.prompts) for _, _, query in part],
                 temperature=temperature, seed=int(part[0][0][:8], 16), progress=f"candidates {done}/{len(slots)}",
             )  # fmt: skip

@@ -370,13 +370,8 @@ def draw(path: Path, versions: list[dict]) -> None:
 def null_baselines(parts: dict[str, list[Labelled]]) -> dict:
     """What text length and character n-grams reach on the test part, fitted on the other two parts."""
     seen, test = parts["reflect"] + parts["validation"], parts["test"]
-    labels = [r.label for r in test]
-    ngrams = models.NgramClassifier([r.response for r in seen], [r.label for r in seen])
-    least = models.length_rule([r.response for r in seen], [r.label for r in seen])
-    return {
-        f"length (at least {least} characters)": agreement(labels, [int(len(r.response) >= least) for r in test]),
-        "ngram": agreement(labels, [int(odds > 0) for odds in ngrams([r.response for r in test])]),
-    }
+    said = models.null_verdicts([r.response for r in seen], [r.label for r in seen], [r.response for r in test])
+    return {name: agreement([r.label for r in test], verdicts) for name, verdicts in said.items()}
 
 
 def main(args: argparse.Namespace) -> int:

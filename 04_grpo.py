@@ -387,7 +387,7 @@ def grpo(args: argparse.Namespace, base: str) -> dict:
     if len(queries) < args.queries_per_step:
         fail(f"{args.queries} has {len(queries)} queries, a step needs {args.queries_per_step}: lower "
              "--queries-per-step")  # fmt: skip
-    store = llm.Store(args.run / "answers.sqlite", (args.price_in, args.price_out))
+    store = llm.open_store(args)
     before = ledger_before(args, store)
     vllm, rewards, watch = args.engine == "vllm", Rewards(args, base), Watch(args, queries)
     sync = models.adapter_sync(base, args.bits, args.rank) if vllm else nullcontext()  # before TRL imports vLLM

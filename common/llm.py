@@ -111,8 +111,23 @@ class Grades(Answer):
 
     @property
     def quality(self) -> float:
-        """The weighted mean of the grades, 1 to 3."""
-        return sum(weight * getattr(self, name) for name, weight in WEIGHTS.items()) / sum(WEIGHTS.values())
+        return weighted_mean(self.model_dump())
+
+
+def weighted_mean(grades: dict[str, float]) -> float:
+    """Of the five dimensions' grades, 1 to 3."""
+    return sum(weight * grades[name] for name, weight in WEIGHTS.items()) / sum(WEIGHTS.values())
+
+
+class Preferred(Answer):
+    reason: str
+    better: Literal["A", "B", "tie"]
+
+
+class Text(Answer):
+    """Free text: asked without a schema, for a policy behind an endpoint."""
+
+    text: str
 
 
 class Unusable(Exception):
@@ -329,6 +344,11 @@ class Store:
         return sum(count * price for count, price in zip(tokens, self.prices, strict=True)) / 1e6
 
 
+def open_store(args) -> Store:
+    """The answers and the ledger of --run, at the prices given."""
+    return Store(args.run / "answers.sqlite", (args.price_in, args.price_out))
+
+
 class Throttle:
     """How many requests may be under way: --concurrency at most, half as many after a rate limit, slowly more again.
 
@@ -462,8 +482,9 @@ class Client:
             "temperature": temperature,
             "max_tokens": MAX_TOKENS,
             "seed": self.args.seed + sample,
-            "response_format": response_format(role, Verdict if answer is GradedVerdict else answer),
         }
+        if answer is not Text:
+            request["response_format"] = response_format(role, Verdict if answer is GradedVerdict else answer)
         if answer is GradedVerdict:
             request |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
         key = digest(self.endpoint, self.args.seed, sample, request)
@@ -644,6 +665,8 @@ def usable_text(completion: dict, answer: type[BaseModel]) -> str:
     text = (choice["message"].get("content") or "").strip()
     if not text:
         raise Unusable("empty")
+    if answer is Text:
+        return json.dumps({"text": text}, ensure_ascii=False)
     if fenced := re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text, flags=re.S):
         text = fenced[1]
     try:

@@ -55,6 +55,8 @@ def quiet() -> None:
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    # Threads that wait by spinning make everything ten times slower where another job wants the same cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if "WORLD_SIZE" not in os.environ:  # not started by `accelerate launch`
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU is enough, and the trainers would split over all
     warnings.filterwarnings("ignore")
@@ -359,40 +361,41 @@ def engine_class(base: str, bits: int, rank: int):
 
 
 class Writer:
-    """Writes with one base and any of its adapters: by vLLM where it is chosen, else by transformers.
+    """Writes with any base and any of its adapters: by vLLM where that is chosen, else by transformers.
 
-    Kept as long as the base is the same: an engine takes a minute to start, an adapter a moment to change.
+    What the last call needed stays loaded: an engine takes a minute to start, an adapter a moment to change.
     """
 
-    def __init__(self, args, base: str, rank: int = 64):
-        self.args, self.base = args, base
-        self.tokenizer = load_tokenizer(base)
-        self.engine = None
-        if args.engine == "vllm":
-            self.engine = engine_class(base, args.bits, rank)(
-                model=base, max_model_len=args.max_tokens + 2 * MOST_PROMPT, seed=args.seed, gpu_memory_utilization=0.5
-            )
+    def __init__(self, args):
+        self.args, self.loaded = args, None
 
     def __call__(
-        self,
-        adapter: Path | None,
-        conversations: list[list[dict]],
-        *,
-        temperature: float,
-        seed: int,
+        self, base: str, adapter: Path | None, conversations: list[list[dict]], *, temperature: float, seed: int,
         progress: str = "",
-    ) -> list[str]:
+    ) -> list[str]:  # fmt: skip
         """One sampled completion a conversation, in the order given; the same call gives the same texts."""
-        if self.engine is None:
-            if getattr(self, "loaded", None) != (adapter,):
-                self.model, _ = load_policy(self.base, self.args.bits, adapter)
-                self.loaded = (adapter,)
-            return generate(
-                self.model, self.tokenizer, conversations, temperature=temperature, top_p=1.0, seed=seed,
-                max_tokens=self.args.max_tokens, batch_size=self.args.batch_size_generate, progress=progress,
+        if self.args.engine == "vllm":
+            return self._by_engine(base, adapter, conversations, temperature, seed, bool(progress))
+        if self.loaded != (base, adapter):
+            self.model, self.tokenizer = load_policy(base, self.args.bits, adapter)
+            self.loaded = (base, adapter)
+        return generate(
+            self.model, self.tokenizer, conversations, temperature=temperature, top_p=1.0, seed=seed,
+            max_tokens=self.args.max_tokens, batch_size=self.args.batch_size_generate, progress=progress,
+        )  # fmt: skip
+
+    def _by_engine(self, base, adapter, conversations, temperature: float, seed: int, progress: bool) -> list[str]:
+        if self.loaded != base:
+            self.engine = None  # an earlier one gives its memory back before the next takes its own
+            self.engine = engine_class(base, self.args.bits, 64)(
+                model=base, max_model_len=self.args.max_tokens + 2 * MOST_PROMPT, seed=self.args.seed,
+                gpu_memory_utilization=0.5,
             )  # fmt: skip
+            self.tokenizer, self.loaded = load_tokenizer(base), base
         from vllm import SamplingParams
 
+        if adapter is not None:
+            check_adapter(adapter, base)
         self.engine.use(adapter)
         asked = [
             self.tokenizer.apply_chat_template(c, add_generation_prompt=True, tokenize=False) for c in conversations
@@ -401,7 +404,7 @@ class Writer:
             SamplingParams(temperature=temperature, max_tokens=self.args.max_tokens, seed=seed + n)
             for n in range(len(asked))
         ]
-        outputs = self.engine.generate(asked, sampling_params=sampling, use_tqdm=bool(progress))
+        outputs = self.engine.generate(asked, sampling_params=sampling, use_tqdm=progress)
         return [output.outputs[0].text.strip() for output in outputs]
 
 
@@ -574,3 +577,12 @@ def length_rule(texts: list[str], labels: list[int]) -> int:
     return max(
         range(1, max(lengths) + 2), key=lambda n: sum((k >= n) == y for k, y in zip(lengths, labels, strict=True))
     )
+
+
+def null_verdicts(texts: list[str], labels: list[int], unseen: list[str]) -> dict[str, list[int]]:
+    """What both null baselines, fitted on labelled texts, say of unseen ones: 1 good, 0 not."""
+    least, ngrams = length_rule(texts, labels), NgramClassifier(texts, labels)
+    return {
+        "length": [int(len(text) >= least) for text in unseen],
+        "n-grams": [int(odds > 0) for odds in ngrams(unseen)],
+    }

@@ -449,6 +449,13 @@ def rubric(rules: list[str], data: dict) -> dict:
     return {"reason": "；".join(found)} | grades(data["query"], data["response"])
 
 
+def pairwise(rules: list[str], data: dict) -> dict:
+    """The higher sum of the five grades; where they are equal the first, as judges do: both orders must be asked."""
+    sums = [sum(grades(data["query"], data[side]).values()) for side in "AB"]
+    better = "A" if sums[0] >= sums[1] else "B"
+    return {"reason": f"五项合计，甲{sums[0]}分，乙{sums[1]}分", "better": better}
+
+
 def flaws_of_strategy(text: str) -> list[str]:
     """The flaws whose strategy a text names."""
     return [name for name, flaw in FLAWS.items() if flaw.strategy in text]
@@ -499,7 +506,8 @@ def optimiser(rules: list[str], data: dict) -> dict:
     return {"rules": (new + kept)[:10] or data["rules"]}
 
 
-ROLES = {f.__name__: f for f in (positive, negative, judge, reflect, detector, rubric, generator, reflector, optimiser)}
+SPEAKERS = (positive, negative, judge, reflect, detector, rubric, pairwise, generator, reflector, optimiser)
+ROLES = {f.__name__: f for f in SPEAKERS}
 
 
 def answer(role: str, messages: list[dict]) -> dict:

@@ -123,7 +123,7 @@ def writer() -> None:
 
     models.quiet()
     base = str(offline.tiny_policy())
-    write = models.Writer(argparse.Namespace(engine="vllm", bits=4, max_tokens=24, seed=0), base)
+    write = models.Writer(argparse.Namespace(engine="vllm", bits=4, max_tokens=24, seed=0))
     asked = [models.conversation(query, llm.PROMPTS) for query in QUERIES]
     with tempfile.TemporaryDirectory() as scratch:
         model = get_peft_model(models.load_policy(base, 4)[0], models.lora(16, 32, "CAUSAL_LM"))
@@ -131,7 +131,7 @@ def writer() -> None:
             if "lora_B" in name:
                 part.data = torch.randn(part.shape, generator=torch.Generator().manual_seed(0)) * 0.3
         model.save_pretrained(scratch)
-        print(json.dumps([write(a, asked, temperature=1.0, seed=5) for a in (None, Path(scratch), None)]))
+        print(json.dumps([write(base, a, asked, temperature=1.0, seed=5) for a in (None, Path(scratch), None)]))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ ROLES = {  # role: (the slots that stand in its <data>, the schema of its answer
     "detector": (SEEN, llm.Verdict), "reflector": (SEEN | VERDICT | {"expected": 1}, llm.Lesson),
     "generator": (EXAMPLES | {"query": "教师节", "strategy": "打乱词序"}, llm.FlawedGreeting),
     "optimiser": ({"kind": "准则", "rules": ["通顺"], "feedback": ["补上：套话"]}, llm.Rules),
-    "rubric": (SEEN, llm.Grades),
+    "rubric": (SEEN, llm.Grades), "pairwise": ({"query": "教师节", "A": "老师好。", "B": "桃李满园。"}, llm.Preferred),
 }  # fmt: skip
 LISTED = {"principles": ["语言通顺", "情感真挚"]}  # stands above the data, in two roles
 SLOTS = {role: data | (LISTED if role in ("detector", "reflector") else {}) for role, (data, _) in ROLES.items()}
