@@ -55,8 +55,6 @@ def quiet() -> None:
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    # Threads that wait by spinning make everything ten times slower where another job wants the same cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if "WORLD_SIZE" not in os.environ:  # not started by `accelerate launch`
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU is enough, and the trainers would split over all
     warnings.filterwarnings("ignore")
