@@ -307,7 +307,7 @@ def train(args: argparse.Namespace, pairs: list[Preference], stop: list[Preferen
         # Without its own column the sampler finds no length; the collator takes what it needs.
         train_sampling_strategy="random" if args.random_batches else "group_by_length", remove_unused_columns=False,
         pad_to_multiple_of=16,  # every new shape costs a CPU's kernels a compilation
-        **models.trainer_settings(args.bits, trackers=[]) | {"bf16": True},
+        **models.trainer_settings(args.bits) | {"bf16": True},
     )  # fmt: skip
     bar = models.progress_callback("reward model", ["loss", "accuracy", "eval_loss"])
     trainer = FiniteRewardTrainer(

@@ -199,7 +199,7 @@ def sft(args: argparse.Namespace, base: str) -> dict:
         output_dir=str(checkpoints), num_train_epochs=args.sft_epochs, seed=args.seed,
         learning_rate=args.sft_learning_rate, per_device_train_batch_size=args.sft_batch_size, max_length=768,
         lr_scheduler_type="cosine", warmup_steps=0.05, logging_steps=1, save_strategy="epoch", save_total_limit=1,
-        **models.trainer_settings(args.bits, args.report_to),
+        **models.trainer_settings(args.bits) | {"report_to": args.report_to},
     )  # fmt: skip
     trainer = SFTTrainer(
         model=model, args=config, processing_class=tokenizer,
@@ -461,7 +461,7 @@ def grpo(args: argparse.Namespace, base: str) -> dict:
         use_vllm=vllm, vllm_mode="colocate", vllm_enable_sleep_mode=args.sleep,
         vllm_max_model_length=models.MOST_PROMPT + args.max_tokens,
         vllm_gpu_memory_utilization=engine_share(args, base),
-        **models.trainer_settings(args.bits, args.report_to),
+        **models.trainer_settings(args.bits) | {"report_to": args.report_to},
     )  # fmt: skip
     metrics = args.run / f"metrics_{args.reward}.jsonl"
     bar = models.progress_callback(f"GRPO, reward {args.reward}", ["reward", "completions/mean_length"], metrics)

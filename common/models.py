@@ -155,8 +155,8 @@ def lora(rank: int, alpha: int, task: str, **kwargs):
     return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=LORA_TARGETS, task_type=task, **kwargs)
 
 
-def trainer_settings(bits: int, trackers: list[str]) -> dict:
-    """Settings that every TRL trainer here shares: bf16 where load_base takes it, no bar but ours."""
+def trainer_settings(bits: int) -> dict:
+    """Settings that every TRL trainer here shares: bf16 where load_base takes it, no tracker, no bar but ours."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -164,7 +164,7 @@ def trainer_settings(bits: int, trackers: list[str]) -> dict:
         "bf16": cuda or bits == 4,
         "use_cpu": not cuda,
         "gradient_checkpointing": cuda,
-        "report_to": trackers,
+        "report_to": [],
         "disable_tqdm": True,
     }
 
