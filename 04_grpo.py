@@ -100,7 +100,6 @@ def parse_args() -> argparse.Namespace:
     add("--merge", type=Path, metavar="DIR", help="also write the trained policy as one bf16 model")
     add("--plan", action="store_true", help="train nothing: print what will be on the GPU, and whether it fits")
     add("--gpu-memory", type=float, help="GiB of the GPU (the one there, else 79: a card of 80 GB)")
-    add("--judge-memory", type=float, default=30.0, help="GiB for a judge served on the same GPU (%(default)s)")
     models.add_policy_flags(parser)
     llm.add_endpoint_flags(parser)
     add_run_flags(parser)
@@ -178,11 +177,7 @@ def show_plan(args: argparse.Namespace, base: str) -> int:
 
 
 def gpu_memory(args: argparse.Namespace) -> float:
-    import torch
-
-    if args.gpu_memory:
-        return args.gpu_memory
-    return torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else 79.0
+    return args.gpu_memory or llm.gpu_gib() or 79.0
 
 
 # ---- SFT ------------------------------------------------------------------------------------------------------------
