@@ -639,11 +639,11 @@ class Client:
         attempt = 0
         while True:
             attempt += 1
-            if not self.schemas:
-                request = {name: value for name, value in request.items() if name != "response_format"}
             wait = min(MAX_WAIT, 0.5 * 2**attempt) * random.uniform(0.5, 1.0)
             async with self.throttle:
                 self._check()
+                if not self.schemas:
+                    request = {name: value for name, value in request.items() if name != "response_format"}
                 sent = time.monotonic()
                 try:
                     return await self._attempt(key, role, request, answer)
