@@ -37,7 +37,7 @@ import jinja2.meta
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from tqdm import tqdm
 
-from common.records import ROOT, Messages, Record, digest, fail, file_hash, positive, read
+from common.records import ROOT, Messages, Record, digest, fail, file_hash, main_process, positive, read
 
 PROMPTS = ROOT / "prompts"
 MAX_WAIT = 60.0  # seconds; the longest pause between two attempts, whatever Retry-After says
@@ -439,7 +439,7 @@ class Server:
     def __init__(self, args, log: Path):
         self.port, self.log, self.child = args.serve, log, None
         self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        if os.environ.get("RANK", "0") == "0":
+        if main_process():
             with socket.socket() as probe:
                 if not probe.connect_ex(("127.0.0.1", self.port)):
                     fail(f"something answers on port {self.port} already: ask it with --base-url "
@@ -532,7 +532,8 @@ class Client:
         self.args, self.run = args, run
         self.model, self.endpoint = endpoint_name(args)
         self.store = Store(run / "answers.sqlite", (args.price_in, args.price_out))
-        self.store.settle()
+        if main_process():
+            self.store.settle()
         self.throttle = Throttle(args.concurrency)
         self.asking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self.failed: dict[str, str] = {}  # questions that brought no usable answer in this process, and why

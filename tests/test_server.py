@@ -225,15 +225,15 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=8192, tie_word_embeddings=False, initializer_range=0.4,
+        num_key_value_heads=1, max_position_embeddings=8192, tie_word_embeddings=False, initializer_range=0.1,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
     ))  # fmt: skip
     with torch.no_grad():  # the first dimension is the same for every token, and weighs on these alone
-        model.model.embed_tokens.weight[:, 0] = 4.0
+        model.model.embed_tokens.weight[:, 0] = 1.0
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0.0
         model.lm_head.weight[:, 0] = 0.0
-        for sign, weight in (('"', 8.0), ("]", 12.0), ("}", 12.0)):
+        for sign, weight in (('"', 6.0), ("]", 3.0)):
             model.lm_head.weight[tokenizer.convert_tokens_to_ids(sign), 0] = weight
     folder = tmp_path_factory.mktemp("judge") / "model"
     model.save_pretrained(folder)
