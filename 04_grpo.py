@@ -496,9 +496,9 @@ def grpo(args: argparse.Namespace, base: str) -> dict:
     steps = [json.loads(line) for line in metrics.read_text().splitlines()]
     seconds = {phase: sum(s.get(f"seconds/{phase}", 0.0) for s in steps) for phase in ("generate", "sync", "reward")}
     seconds["train"] = sum(s["step_time"] for s in steps) - sum(seconds.values())
-    gaps = [s["sampling/sampling_logp_difference/mean"] for s in steps if vllm]
+    gaps = [gap for s in steps if (gap := s.get("sampling/sampling_logp_difference/mean")) is not None]
     syncs = trainer.vllm_generation.syncs if vllm else []
-    mean = [s["reward"] for s in steps]
+    mean = [s["reward"] for s in steps if "reward" in s]  # not at a second update from the same rollouts
     tenth = max(1, len(mean) // 10)
     looks = [json.loads(line) for line in watch.path.read_text().splitlines()] if watch.path.is_file() else []
     models.draw_curves(args.run / f"metrics_{args.reward}.svg", {
