@@ -523,6 +523,35 @@ def grpo(args: argparse.Namespace, base: str) -> dict:
     }  # fmt: skip
 
 
+CARD = """---
+library_name: peft
+base_model: {base}
+language: zh
+---
+# A policy that writes Chinese greetings
+
+A LoRA adapter on `{base}`, trained by `04_grpo.py --reward {reward}` in {steps} steps; {what} went from {first:.3f} to
+{last:.3f}. That is what it was trained on, so the figure says nothing of how well it writes: see the report of
+`05_evaluate.py`. Settings and versions are in `04_summary_{reward}.json` of the run.
+
+It is asked with `{asked}`, at temperature {temperature:g}.
+
+```python
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("{name}")
+```
+"""
+
+
+def write_card(args: argparse.Namespace, base: str, figures: dict) -> None:
+    """README.md of the policy's folder, which hubs show as its model card."""
+    what = "loss" if args.reward == "none" else "reward"
+    asked = models.conversation("...", args.prompts)[-1]["content"]
+    known = vars(args) | {"base": base, "steps": figures["steps"], "what": f"its {what}", "asked": asked}
+    replace_file(args.run / args.name / "README.md", CARD.format(**known | figures[what]))
+
+
 def ledger_before(args: argparse.Namespace, store: llm.Store) -> dict[str, dict]:
     """Role -> what it had cost in this run folder before this training began; kept for when it goes on after a kill."""
     path = args.run / f"{args.name}_checkpoints" / "ledger_before.json"
@@ -691,6 +720,7 @@ def main(args: argparse.Namespace) -> int:
         figures = sft(args, base) if args.reward == "none" else grpo(args, base)
         if not main_process():
             return 0
+        write_card(args, base, figures)
         write_summary(args.run, f"04_summary_{args.reward}", started, vars(args), figures)
         stage.finish()
         change = figures["loss" if args.reward == "none" else "reward"]
