@@ -38,6 +38,7 @@ from common.records import (
     fail,
     file_hash,
     launch,
+    main_process,
     open_run,
     parse,
     positive,
@@ -297,10 +298,11 @@ def train(args: argparse.Namespace, pairs: list[Preference], stop: list[Preferen
     # On a CPU the fused attention is slower with short padded rows: 9.0 against 12.8 thousand tokens a second.
     attention = {} if torch.cuda.is_available() else {"attn_implementation": "eager"}
     model = models.load_base(AutoModelForSequenceClassification, base, args.bits, num_labels=1, **attention)
+    batch, accumulation = models.per_process(args.batch_size, args.accumulation)
     config = RewardConfig(
         output_dir=str(checkpoints), num_train_epochs=args.epochs, learning_rate=args.learning_rate,
-        per_device_train_batch_size=args.batch_size, per_device_eval_batch_size=args.batch_size,
-        gradient_accumulation_steps=args.accumulation, max_length=args.max_length, seed=args.seed,
+        per_device_train_batch_size=batch, per_device_eval_batch_size=args.batch_size,
+        gradient_accumulation_steps=accumulation, max_length=args.max_length, seed=args.seed,
         lr_scheduler_type="cosine", warmup_steps=0.05, logging_steps=max(1, every // 4),
         eval_strategy="steps", save_strategy="steps", eval_steps=every, save_steps=every, save_total_limit=2,
         load_best_model_at_end=True, metric_for_best_model="eval_loss", logging_nan_inf_filter=False,
@@ -466,6 +468,8 @@ def main(args: argparse.Namespace) -> int:
     models.quiet()
     derived = derived_pairs(args, pairs)
     log = train(args, pairs + derived, stop + derived_pairs(args, stop), base)
+    if not main_process():
+        return 0
     peak = models.peak_gib()
     figures = {"train_pairs": len(pairs), "derived_pairs": len(derived), "test_pairs": len(test), "leaks": found}
     figures |= evaluate(args, calibrate(args, pairs, base), test) | {

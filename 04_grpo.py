@@ -28,6 +28,7 @@ Example python 04_grpo.py --reward judge --offline --run outputs/mine
 import argparse
 import asyncio
 import json
+import math
 import random
 import sys
 import time
@@ -44,6 +45,7 @@ from common.records import (
     fail,
     file_hash,
     launch,
+    main_process,
     open_run,
     parse,
     positive,
@@ -96,9 +98,15 @@ def parse_args() -> argparse.Namespace:
     add("--stop-on-hack", action="store_true", help="end when the reward rises and the watch's grades fall")
     add("--report-to", nargs="*", default=[], help="trackers that TRL knows, such as tensorboard")
     add("--merge", type=Path, metavar="DIR", help="also write the trained policy as one bf16 model")
+    add(
+        "--export-verl",
+        type=Path,
+        metavar="DIR",
+        help="train nothing: write what verl needs for this GRPO on a cluster",
+    )
+    add("--test-queries", type=Path, default=ROOT / "data/queries_heldout.jsonl", help="of that export (%(default)s)")
     add("--plan", action="store_true", help="train nothing: print what will be on the GPU, and whether it fits")
     add("--gpu-memory", type=float, help="GiB of the GPU (the one there, else 79: a card of 80 GB)")
-    add("--judge-memory", type=float, default=30.0, help="GiB for a judge served on the same GPU (%(default)s)")
     models.add_policy_flags(parser)
     models.add_engine_flag(parser)
     llm.add_endpoint_flags(parser)
@@ -177,11 +185,7 @@ def show_plan(args: argparse.Namespace, base: str) -> int:
 
 
 def gpu_memory(args: argparse.Namespace) -> float:
-    import torch
-
-    if args.gpu_memory:
-        return args.gpu_memory
-    return torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else 79.0
+    return args.gpu_memory or llm.gpu_gib() or 79.0
 
 
 # ---- SFT ------------------------------------------------------------------------------------------------------------
@@ -195,9 +199,11 @@ def sft(args: argparse.Namespace, base: str) -> dict:
     rows = read(args.sft, Demonstration, f"python 01_curate_preferences.py --run {args.run}")
     model, tokenizer = models.load_policy(base, args.bits)
     checkpoints = args.run / f"{args.name}_checkpoints"
+    batch, accumulation = models.per_process(args.sft_batch_size, 1)
     config = SFTConfig(
         output_dir=str(checkpoints), num_train_epochs=args.sft_epochs, seed=args.seed,
-        learning_rate=args.sft_learning_rate, per_device_train_batch_size=args.sft_batch_size, max_length=768,
+        learning_rate=args.sft_learning_rate, per_device_train_batch_size=batch, max_length=768,
+        gradient_accumulation_steps=accumulation,
         lr_scheduler_type="cosine", warmup_steps=0.05, logging_steps=1, save_strategy="epoch", save_total_limit=1,
         **models.trainer_settings(args.bits) | {"report_to": args.report_to},
     )  # fmt: skip
@@ -286,31 +292,38 @@ class Rewards:
             raise llm.Refused(f"{failed}; mend the endpoint and run again: the run goes on at its last checkpoint")
         return found
 
-    async def __call__(self, completions: list, query: list[str], trainer_state, log_metric, **kwargs) -> list:
-        """One reward a completion of the step, as TRL asks for them; None gives no learning signal."""
-        import numpy as np
-
-        started = time.perf_counter()
-        texts = [completion[0]["content"] for completion in completions]
-        rows = list(zip(query, texts, strict=True))
-        found = [(0.0, "")] * len(rows)
+    async def of(self, rows: list[tuple[str, str]]) -> list[tuple[float | None, str]]:
+        """(reward, reason) of every (query, text) row of a step; the reward is None where there is none."""
+        found: list = [(0.0, "")] * len(rows)
         if self.args.reward in ("rm", "both"):
             scores = self.model.score(rows, self.args.micro_batch)
             worst = min(scores)  # nothing written is no greeting, whatever the model makes of it
-            found = [(s, "") if t.strip() else (worst, "empty") for s, t in zip(scores, texts, strict=True)]
+            found = [(s, "") if t.strip() else (worst, "empty") for s, (_, t) in zip(scores, rows, strict=True)]
         if self.args.reward in ("judge", "both"):
             share = self.args.judge_weight if self.args.reward == "both" else 1.0
             found = [
                 (None if verdict is None else (1 - share) * score + share * verdict, reason)
                 for (score, _), (verdict, reason) in zip(found, await self.verdicts(rows), strict=True)
             ]
-        rewards = [None if r is None else r - self.args.length_penalty * len(t) / 100
-                   for (r, _), t in zip(found, texts, strict=True)]  # fmt: skip
-        rewards = [None if r is None or not np.isfinite(r) else float(r) for r in rewards]
-        with open(self.path, "a", encoding="utf-8") as file:
-            for (q, text), reward, (_, reason) in zip(rows, rewards, found, strict=True):
-                row = {"query": q, "response": text, "reward": reward, "reason": reason}
-                file.write(json.dumps({"step": trainer_state.global_step} | row, ensure_ascii=False) + "\n")
+        cost = self.args.length_penalty / 100
+        found = [(None if r is None else r - cost * len(t), why) for (r, why), (_, t) in zip(found, rows, strict=True)]
+        return [(float(r) if r is not None and math.isfinite(r) else None, why) for r, why in found]
+
+    async def __call__(self, completions: list, query: list[str], trainer_state, log_metric, **kwargs) -> list:
+        """One reward a completion of the step, as TRL asks for them; None gives no learning signal."""
+        import numpy as np
+
+        started = time.perf_counter()
+        texts = [completion[0]["content"] for completion in completions]
+        found = await self.of(list(zip(query, texts, strict=True)))
+        mine = [reward for reward, _ in found]
+        every = models.of_all_processes(list(zip(query, texts, found, strict=True)))
+        texts, rewards = [text for _, text, _ in every], [reward for _, _, (reward, _) in every]
+        if main_process():
+            with open(self.path, "a", encoding="utf-8") as file:
+                for q, text, (reward, reason) in every:
+                    row = {"query": q, "response": text, "reward": reward, "reason": reason}
+                    file.write(json.dumps({"step": trainer_state.global_step} | row, ensure_ascii=False) + "\n")
         scored = np.array([(r, len(t)) for r, t in zip(rewards, texts, strict=True) if r is not None])
         flat = len(scored) < 2 or not scored.std(axis=0).all()
         grams = [text[i : i + 2] for text in texts for i in range(len(text) - 1)]
@@ -318,7 +331,7 @@ class Rewards:
         log_metric("distinct_2", len(set(grams)) / max(1, len(grams)))
         log_metric("failed_judgements", float(sum(r is None for r in rewards)))
         log_metric("seconds/reward", time.perf_counter() - started)
-        return rewards
+        return mine
 
 
 class Watch:
@@ -429,7 +442,11 @@ def grpo(args: argparse.Namespace, base: str) -> dict:
     class Looks(TrainerCallback):
         def look(self, state, control) -> None:
             rewarded = [log["reward"] for log in state.log_history if "reward" in log]
-            row = watch.look(trainer.model, tokenizer, state.global_step, rewarded)
+            row = watch.look(trainer.model, tokenizer, state.global_step, rewarded) if main_process() else {}
+            row = models.of_all_processes([row])[0]
+            control.should_training_stop |= row["hack"] and args.stop_on_hack
+            if not main_process():
+                return
             if row["best"]:
                 trainer.model.save_pretrained(args.run / f"{args.name}_best", selected_adapters=["default"])
             if row["hack"]:
@@ -437,7 +454,6 @@ def grpo(args: argparse.Namespace, base: str) -> dict:
                 grades = f"{-fallen:.2f} [{-high:.2f}, {-low:.2f}] below step {row['against']}'s"
                 tqdm.write(f"step {state.global_step}: the reward has risen, the rubric's mean grade is {grades}: the "
                            f"policy games its reward; its best is in {args.name}_best", file=sys.stderr)  # fmt: skip
-                control.should_training_stop |= args.stop_on_hack
 
         def on_train_begin(self, arguments, state, control, **kwargs):
             if state.global_step == 0:
@@ -449,13 +465,13 @@ def grpo(args: argparse.Namespace, base: str) -> dict:
 
     completions = args.queries_per_step * args.samples
     updates = args.queries_per_step // args.mini_batch  # from the rollouts of one step
+    micro_batch, accumulation = models.per_process(args.micro_batch, args.mini_batch * args.samples // args.micro_batch)
     config = GRPOConfig(
         output_dir=str(args.run / f"{args.name}_checkpoints"), num_train_epochs=args.epochs, max_steps=args.steps,
         learning_rate=args.learning_rate, lr_scheduler_type="constant_with_warmup", warmup_steps=2, seed=args.seed,
-        per_device_train_batch_size=args.micro_batch, num_generations=args.samples, beta=args.kl,
-        gradient_accumulation_steps=args.mini_batch * args.samples // args.micro_batch,
-        steps_per_generation=completions // args.micro_batch, max_completion_length=args.max_tokens,
-        temperature=args.temperature, logging_steps=1,
+        per_device_train_batch_size=micro_batch, num_generations=args.samples, beta=args.kl,
+        gradient_accumulation_steps=accumulation, steps_per_generation=accumulation * updates,
+        max_completion_length=args.max_tokens, temperature=args.temperature, logging_steps=1,
         # Rollouts are not in a checkpoint, so it is taken only when those of a step are used up.
         save_strategy="steps", save_steps=args.save_every * updates, save_total_limit=2,
         use_vllm=vllm, vllm_mode="colocate", vllm_enable_sleep_mode=args.sleep,
@@ -475,15 +491,17 @@ def grpo(args: argparse.Namespace, base: str) -> dict:
         go_on(args, trainer, Path(config.output_dir))
     except llm.Refused as e:
         fail(str(e))
+    if not main_process():
+        return {}
     trainer.model.save_pretrained(args.run / args.name, selected_adapters=["default"])
 
     steps = [json.loads(line) for line in metrics.read_text().splitlines()]
     seconds = {phase: sum(s.get(f"seconds/{phase}", 0.0) for s in steps) for phase in ("generate", "sync", "reward")}
     seconds["train"] = sum(s["step_time"] for s in steps) - sum(seconds.values())
     seconds["total"] = sum(seconds.values())
-    gaps = [s["sampling/sampling_logp_difference/mean"] for s in steps if vllm]
+    gaps = [gap for s in steps if (gap := s.get("sampling/sampling_logp_difference/mean")) is not None]
     syncs = trainer.vllm_generation.syncs if vllm else []
-    mean = [s["reward"] for s in steps]
+    mean = [s["reward"] for s in steps if "reward" in s]  # not at a second update from the same rollouts
     tenth = max(1, len(mean) // 10)
     looks = [json.loads(line) for line in watch.path.read_text().splitlines()] if watch.path.is_file() else []
     models.draw_curves(args.run / f"metrics_{args.reward}.svg", {
@@ -508,12 +526,41 @@ def grpo(args: argparse.Namespace, base: str) -> dict:
     }  # fmt: skip
 
 
+CARD = """---
+library_name: peft
+base_model: {base}
+language: zh
+---
+# A policy that writes Chinese greetings
+
+A LoRA adapter on `{base}`, trained by `04_grpo.py --reward {reward}` in {steps} steps; {what} went from {first:.3f} to
+{last:.3f}. That is what it was trained on, so the figure says nothing of how well it writes: see the report of
+`05_evaluate.py`. Settings and versions are in `04_summary_{reward}.json` of the run.
+
+It is asked with `{asked}`, at temperature {temperature:g}.
+
+```python
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("{name}")
+```
+"""
+
+
+def write_card(args: argparse.Namespace, base: str, figures: dict) -> None:
+    """README.md of the policy's folder, which hubs show as its model card."""
+    what = "loss" if args.reward == "none" else "reward"
+    asked = models.conversation("...", args.prompts)[-1]["content"]
+    known = vars(args) | {"base": base, "steps": figures["steps"], "what": f"its {what}", "asked": asked}
+    replace_file(args.run / args.name / "README.md", CARD.format(**known | figures[what]))
+
+
 def ledger_before(args: argparse.Namespace, store: llm.Store) -> dict[str, dict]:
     """Role -> what it had cost in this run folder before this training began; kept for when it goes on after a kill."""
     path = args.run / f"{args.name}_checkpoints" / "ledger_before.json"
-    if not path.is_file():
+    if not path.is_file() and main_process():
         replace_file(path, json.dumps({role: store.ledger([role]) for role in ("detector", "rubric")}))
-    return json.loads(path.read_text())
+    return json.loads(path.read_text()) if main_process() else {}
 
 
 def engine_share(args: argparse.Namespace, base: str) -> float:
@@ -538,13 +585,108 @@ def merge(args: argparse.Namespace, base: str) -> None:
     print(f"04: {args.run / args.name} and its base are one model in {args.merge}")
 
 
+# ---- the same on a cluster ------------------------------------------------------------------------------------------
+
+# verl takes a number for every completion. One that could not be judged gets the mean of its query's others: its
+# advantage is nothing then, and so is that of a query none of whose completions could be judged.
+VERL_REWARD = """# The reward of 04_grpo.py --reward {reward}, as verl's "batch" reward manager calls it.
+import argparse, asyncio, importlib, os, sys
+from pathlib import Path
+
+sys.path.insert(0, os.environ.get("GREETINGS", {root!r}))  # where this project lies on every node
+grpo = importlib.import_module("04_grpo")
+FLAGS = {flags!r}
+PATHS = {paths!r}
+LOOP, rewards = asyncio.new_event_loop(), None
+
+
+def compute_score(data_sources, solution_strs, ground_truths, extra_infos, **kwargs):
+    \"\"\"A dictionary a completion: score, and whether there was none. The ground truth of a row is its query.\"\"\"
+    global rewards
+    if rewards is None:
+        args = argparse.Namespace(**{{k: Path(v) if k in PATHS else v for k, v in FLAGS.items()}})
+        rewards = grpo.Rewards(args, {base!r})
+    rows = [(query, text.strip()) for query, text in zip(ground_truths, solution_strs, strict=True)]
+    found = [reward for reward, _ in LOOP.run_until_complete(rewards.of(rows))]
+    heard = {{}}
+    for (query, _), reward in zip(rows, found):
+        heard.setdefault(query, []).extend([] if reward is None else [reward])
+    neutral = {{query: sum(some) / len(some) if some else 0.0 for query, some in heard.items()}}
+    return [{{"score": neutral[query] if reward is None else reward, "failed": float(reward is None)}}
+            for (query, _), reward in zip(rows, found)]
+"""
+VERL_LAUNCH = """#!/usr/bin/env bash
+# GRPO with verl 0.6 (Ray): full fine-tuning at the paper's settings, on one node of 4 GPUs by default.
+# MODEL is where it starts: `python 04_grpo.py --reward none --merge DIR` writes the SFT policy as one model.
+# GREETINGS is this project's folder on every node. The endpoint of a judge has to run already.
+set -euo pipefail
+cd "$(dirname "$0")"
+python3 -m verl.trainer.main_ppo \\
+  algorithm.adv_estimator=grpo algorithm.use_kl_in_reward=False \\
+  data.train_files="$PWD/train.parquet" data.val_files="$PWD/test.parquet" \\
+  data.train_batch_size={queries_per_step} data.max_prompt_length={most_prompt} data.max_response_length={max_tokens} \\
+  data.filter_overlong_prompts=True data.truncation=error data.seed={seed} \\
+  actor_rollout_ref.model.path="${{MODEL:-{base}}}" actor_rollout_ref.model.enable_gradient_checkpointing=True \\
+  actor_rollout_ref.actor.optim.lr="${{LEARNING_RATE:-3e-7}}" \\
+  actor_rollout_ref.actor.ppo_mini_batch_size={mini_batch} \\
+  actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu="${{MICRO_BATCH:-8}}" \\
+  actor_rollout_ref.actor.use_kl_loss=True actor_rollout_ref.actor.kl_loss_coef={kl} \\
+  actor_rollout_ref.actor.kl_loss_type=low_var_kl actor_rollout_ref.actor.entropy_coeff=0 \\
+  actor_rollout_ref.rollout.name=vllm actor_rollout_ref.rollout.n={samples} \\
+  actor_rollout_ref.rollout.temperature={temperature} actor_rollout_ref.rollout.tensor_model_parallel_size=1 \\
+  actor_rollout_ref.rollout.gpu_memory_utilization="${{ROLLOUT_SHARE:-0.4}}" \\
+  actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu="${{MICRO_BATCH:-8}}" \\
+  actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu="${{MICRO_BATCH:-8}}" \\
+  reward_model.enable=False reward_model.reward_manager=batch \\
+  custom_reward_function.path="$PWD/reward.py" custom_reward_function.name=compute_score \\
+  trainer.total_epochs={epochs:g} trainer.nnodes="${{NODES:-1}}" trainer.n_gpus_per_node="${{GPUS:-4}}" \\
+  trainer.project_name=greetings trainer.experiment_name=grpo_{reward} trainer.default_local_dir="$PWD/checkpoints" \\
+  trainer.logger='["console"]' trainer.save_freq=50 trainer.test_freq=50 trainer.val_before_train=False "$@"
+"""
+
+
+def export_verl(args: argparse.Namespace, base: str) -> None:
+    """Write train.parquet, test.parquet, reward.py and run.sh for verl; the columns are the authors'."""
+    from datasets import Dataset, Features, List, Value
+
+    text = Value("string")
+    columns = Features({
+        "prompt": List({"content": text, "role": text}), "data_source": text, "ability": text,
+        "reward_model": {"ground_truth": text, "style": text},
+        "extra_info": {"index": Value("int64"), "split": text},
+    })  # fmt: skip
+    folder = args.export_verl.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, path in (("train", args.queries), ("test", args.test_queries)):
+        rows = [
+            {"prompt": models.conversation(q.query, args.prompts), "data_source": "greetings",
+             "ability": "text_generation", "reward_model": {"ground_truth": q.query, "style": "rule"},
+             "extra_info": {"index": n, "split": split}}
+            for n, q in enumerate(read(path, Query))
+        ]  # fmt: skip
+        Dataset.from_list(rows, features=columns).to_parquet(folder / f"{split}.parquet")
+        print(f"04: {len(rows)} prompts in {folder / f'{split}.parquet'}")
+    moved = vars(args) | {"run": folder, "export_verl": None, "serve": None}
+    flags = {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in moved.items()}
+    paths = [k for k, v in moved.items() if isinstance(v, Path)]
+    known = vars(args) | {"base": base, "root": str(ROOT), "flags": flags, "paths": paths, "most_prompt": models.MOST_PROMPT}
+    replace_file(folder / "reward.py", VERL_REWARD.format(**known))
+    replace_file(folder / "run.sh", VERL_LAUNCH.format(**known))
+    print(f"04: start it with: bash {folder / 'run.sh'}")
+
+
 def main(args: argparse.Namespace) -> int:
     started = time.time()
     if args.plan:
         args.engine = args.engine or "vllm"
         return show_plan(args, args.policy or models.DEFAULT_POLICY)
-    models.choose_engine(args)
     base = models.policy_path(args)
+    if args.export_verl:
+        if args.reward == "none":
+            fail("--export-verl is for GRPO: give --reward rm, judge or both")
+        export_verl(args, base)
+        return 0
+    models.choose_engine(args)
     open_run(args.run)
     inputs: dict[str, Path] = {"sft": args.sft} if args.reward == "none" else {"queries": args.queries}
     if args.reward in ("judge", "both"):
@@ -579,6 +721,9 @@ def main(args: argparse.Namespace) -> int:
             llm.Client.probe(args, args.run)
         models.quiet()
         figures = sft(args, base) if args.reward == "none" else grpo(args, base)
+        if not main_process():
+            return 0
+        write_card(args, base, figures)
         write_summary(args.run, f"04_summary_{args.reward}", started, vars(args), figures)
         stage.finish()
         change = figures["loss" if args.reward == "none" else "reward"]

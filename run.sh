@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # bash run.sh [flags]       set up .venv and run steps 01 to 05; flags go to every step (--run, --seed, --offline, ...)
+# bash run.sh --paper [..]  the paper's models and settings on a GPU of 80 GB, with a judge on it unless --base-url names one
+# bash run.sh --check [..]  only the checks before that, and the hours and money it would take
 # bash run.sh test [flags]  set up .venv and run the tests; flags go to pytest
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -24,9 +26,17 @@ if [ "${1:-}" = test ]; then
   exec .venv/bin/python -m pytest "$@"
 fi
 
-case " $* " in *" -h "* | *" --help "*) sed -n '2,3s/^# //p' "$0"; exit 0 ;; esac
+case " $* " in *" -h "* | *" --help "*) sed -n '2,5s/^# //p' "$0"; exit 0 ;; esac
+paper=""
+case "${1:-}" in --paper | --check) paper=$1; shift ;; esac
 flags=("$@")
-if [[ " $* " == *" --offline "* ]]; then
+if [ -n "$paper" ]; then
+  [[ " $* " =~ " --base-url"[\ =]|" --serve"[\ =] ]] || flags+=(--serve)
+  if nvidia-smi -L >/dev/null 2>&1; then set_up requirements.txt; else set_up requirements-cpu.txt; fi
+  say "is there what the paper run needs?"
+  .venv/bin/python check.py "${flags[@]}"
+  [ "$paper" = --paper ] || exit 0
+elif [[ " $* " == *" --offline "* ]]; then
   say "--offline was given: the tiny model and the rule-based critic, on this machine alone"
   set_up requirements-cpu.txt
 elif nvidia-smi -L >/dev/null 2>&1; then

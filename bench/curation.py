@@ -146,6 +146,7 @@ def stage_by_stage(run: Path, candidates: Path, url: str, barrier: str) -> float
     args = SimpleNamespace(
         base_url=url, model="m", api_key_env="NONE", concurrency=CONCURRENCY, timeout=60, attempts=5, seed=0,
         prompts=llm.PROMPTS, offline=False, price_in=0, price_out=0, budget=None, votes=1, graded=False,
+        serve=None, wait=60,
     )  # fmt: skip
     rows = [json.loads(line) | {"examples": []} for line in candidates.open(encoding="utf-8")]
 

@@ -7,16 +7,25 @@ raises `Unusable` with the reason. Nothing else is ever taken for an answer.
 
 import argparse
 import asyncio
+import atexit
 import json
 import math
 import os
 import random
 import re
+import shlex
+import shutil
+import signal
+import socket
 import sqlite3
+import subprocess
 import sys
+import threading
 import time
+import urllib.request
 from collections import deque
 from collections.abc import Awaitable
+from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from pathlib import Path
@@ -28,11 +37,12 @@ import jinja2.meta
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from tqdm import tqdm
 
-from common.records import ROOT, Messages, Record, digest, fail, file_hash, positive, read
+from common.records import ROOT, Messages, Record, digest, fail, file_hash, main_process, positive, read
 
 PROMPTS = ROOT / "prompts"
 MAX_WAIT = 60.0  # seconds; the longest pause between two attempts, whatever Retry-After says
 MAX_TOKENS = 1024  # of one answer
+PORT = 8000  # of a server on this machine
 
 A = TypeVar("A", bound=BaseModel)
 
@@ -235,13 +245,19 @@ def odd(text: str) -> int:
 
 def add_endpoint_flags(parser) -> None:
     """The flags of every script that talks to the agents' endpoint."""
-    add = parser.add_argument_group("agents' endpoint").add_argument
-    add("--base-url", type=address, default="http://127.0.0.1:8000/v1", help="OpenAI-compatible endpoint (%(default)s)")
+    group = parser.add_argument_group("agents' endpoint")
+    add, where = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    where("--base-url", type=address, default=own_address(PORT), help="OpenAI-compatible endpoint (%(default)s)")
+    where("--serve", action=ServeHere, nargs="?", const=PORT, type=positive, metavar="PORT", help="start vLLM with "
+          f"--model on this machine when the first answer is needed, and stop it at the end ({PORT})")  # fmt: skip
+    add("--serve-flags", default="", metavar="FLAGS", help="further flags of that server, as one quoted word")
+    add("--judge-memory", type=float, default=30.0, help="GiB of the GPU for a judge on it (%(default)s)")
     add("--model", default="Qwen/Qwen2.5-32B-Instruct-AWQ", help="model of the agents (%(default)s)")
     add("--api-key-env", default="OPENAI_API_KEY", help="variable that holds the key (%(default)s)")
     add("--concurrency", type=positive, default=64, help="requests under way at once, at most (%(default)s)")
     add("--timeout", type=float, default=120, help="seconds for one attempt (%(default)s)")
     add("--attempts", type=positive, default=5, help="attempts at one question (%(default)s)")
+    add("--wait", type=float, default=600, help="seconds to wait for an endpoint that went away (%(default)s)")
     add("--votes", type=odd, default=1, help="verdicts asked for each greeting; the majority counts (1)")
     add("--graded", action="store_true", help="where the endpoint returns logprobs: the judge under principles also "
         "gives P(verdict = 1), and that is the judge reward of step 4")  # fmt: skip
@@ -249,6 +265,17 @@ def add_endpoint_flags(parser) -> None:
     add("--price-out", type=float, default=0.0, help="money for a million answer tokens")
     add("--budget", type=float, help="stop when this run folder has cost so much: money with --price-*, tokens without")
     add("--prompts", type=Path, default=PROMPTS, help="folder of the prompts")
+
+
+def own_address(port: int) -> str:
+    return f"http://127.0.0.1:{port}/v1"
+
+
+class ServeHere(argparse.Action):
+    """--serve: the agents' endpoint is a server of this process."""
+
+    def __call__(self, parser, namespace, port, option=None) -> None:
+        namespace.serve, namespace.base_url = port, own_address(port)
 
 
 def is_local(args) -> bool:
@@ -399,19 +426,141 @@ class Throttle:
         self.not_before = max(self.not_before, now + wait)
 
 
+def gpu_gib() -> float | None:
+    """Memory of the GPU that is used first, in GiB, as its driver tells; None where there is none."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    command = ["nvidia-smi", "-i", first, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        return float(done.stdout) / 1024 if done.returncode == 0 else None
+    except (OSError, subprocess.TimeoutExpired, ValueError):
+        return None
+
+
+class Server:
+    """vLLM for --serve: started when the first answer is needed, started again when it dies, gone when this process is.
+
+    It has a process group of its own, so that a Ctrl-C ends first what asks and then what answers; it gets SIGTERM when
+    this process goes without a word, and nothing of the group outlasts `stop`.
+    """
+
+    START, RESTARTS, STOP = 1800, 3, 30  # seconds to load, or download, the model; times; seconds to end by itself
+    here: "Server | None" = None
+
+    @classmethod
+    def start(cls, args, log: Path) -> None:
+        """Start it unless it runs, and return when it answers; other ranks of one training wait for the first's.
+
+        Ends with one line, below the end of the log, where it cannot be started.
+        """
+        if not cls.here:
+            cls.here = cls(args, log)
+
+    def __init__(self, args, log: Path):
+        self.port, self.log, self.child = args.serve, log, None
+        self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        if main_process():
+            with socket.socket() as probe:
+                if not probe.connect_ex(("127.0.0.1", self.port)):
+                    fail(f"something answers on port {self.port} already: ask it with --base-url "
+                         f"{own_address(self.port)} instead of --serve, or give --serve another port")  # fmt: skip
+            gpu = gpu_gib()
+            share = ["--gpu-memory-utilization", f"{args.judge_memory / gpu:.3f}"] if gpu else []
+            # A model that may put as many blanks between JSON's tokens as it likes can do so until its answer is cut.
+            schemas = json.dumps({"backend": "xgrammar", "disable_any_whitespace": True})
+            self.command = [
+                sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", args.model,
+                "--host", "127.0.0.1", "--port", str(self.port),
+                "--max-model-len", "4096", "--structured-outputs-config", schemas,
+                *(share or ["--enforce-eager", "--dtype", "bfloat16"]), *shlex.split(args.serve_flags),
+            ]  # fmt: skip
+            if setpriv := shutil.which("setpriv"):
+                self.command = [setpriv, "--pdeathsig", "TERM", *self.command]
+            ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+            self.environment = {"VLLM_CPU_KVCACHE_SPACE": "1"} | {k: v for k, v in os.environ.items() if k not in ours}
+            self.changing = threading.Lock()
+            atexit.register(self.stop)
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+            tqdm.write(f"starting {args.model} on port {self.port}; its log is {log}", file=sys.stderr)
+            self.begin()
+        self.wait()
+        if self.child:
+            threading.Thread(target=self.keep_up, daemon=True).start()
+
+    def begin(self) -> None:
+        with open(self.log, "ab") as log:
+            self.child = subprocess.Popen(
+                self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                env=self.environment,
+            )  # fmt: skip
+
+    def healthy(self) -> bool:
+        try:
+            return self.opener.open(f"http://127.0.0.1:{self.port}/health", timeout=5).status == 200
+        except OSError:
+            return False
+
+    def wait(self) -> None:
+        """Return when it is healthy."""
+        until = time.monotonic() + self.START
+        while not self.healthy():
+            ended = self.child and self.child.poll() is not None
+            if ended or time.monotonic() > until:
+                with suppress(OSError):
+                    last = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:]
+                    tqdm.write("\n".join(last), file=sys.stderr)
+                why = f"ended with code {self.child.returncode}" if ended else f"is not healthy after {self.START} s"
+                fail(f"the server of --serve {why}; see the end of {self.log} above: less --judge-memory, other "
+                     "--serve-flags, another --model, or a server elsewhere with --base-url")  # fmt: skip
+            time.sleep(0.5)
+
+    def keep_up(self) -> None:
+        """Start it again when it dies, RESTARTS times at most. The clients wait meanwhile (--wait)."""
+        for _ in range(self.RESTARTS):
+            died = self.child.wait()
+            with self.changing:
+                if not self.child:
+                    return
+                tqdm.write(f"the server died (code {died}) and is started again; see {self.log}", file=sys.stderr)
+                self.kill()
+                self.begin()
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):  # what serves may outlast what answers, and hears no SIGTERM then
+            os.killpg(self.child.pid, signal.SIGKILL)
+        self.child.wait()
+
+    def stop(self) -> None:
+        with self.changing:
+            if not self.child:
+                return
+            try:
+                self.child.terminate()
+                self.child.wait(self.STOP)
+            except subprocess.TimeoutExpired:
+                pass
+            finally:
+                self.kill()
+                self.child = None
+
+
 class Client:
     """Asks roles. One a script; close it with `await client.close()` or use it as `async with`."""
 
     def __init__(self, args, run: Path):
-        self.args = args
+        self.args, self.run = args, run
         self.model, self.endpoint = endpoint_name(args)
         self.store = Store(run / "answers.sqlite", (args.price_in, args.price_out))
-        self.store.settle()
+        if main_process():
+            self.store.settle()
         self.throttle = Throttle(args.concurrency)
         self.asking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self.failed: dict[str, str] = {}  # questions that brought no usable answer in this process, and why
         self.told: set[str] = set()
         self.stop = ""  # why no further request may leave
+        self.schemas = True  # whether to send response_format: until the endpoint refuses it
+        self.gone = asyncio.Lock()  # held by who looks whether the endpoint is back
         self.key = os.environ.get(args.api_key_env, "")
         self.openai, self.connecting = None, asyncio.Lock()  # made when the first question is not in the store
 
@@ -430,6 +579,8 @@ class Client:
                     openai.DefaultAsyncHttpxClient(transport=offline.transport()),
                 )
             else:  # aiohttp below openai's client halves what a request costs
+                if self.args.serve:
+                    Server.start(self.args, self.run / "server.log")
                 address, http = self.endpoint, openai.DefaultAioHttpClient()
             # Retried here, where retries are counted.
             self.openai = openai.AsyncOpenAI(
@@ -507,10 +658,14 @@ class Client:
     async def _insist(self, key: str, role: str, request: dict, answer: type[Answer]) -> tuple[str, int, int]:
         """Attempt the request until a usable answer comes, as often as --attempts allows; every attempt is booked."""
         temperature = request["temperature"]
-        for attempt in range(1, self.args.attempts + 1):
+        attempt = 0
+        while True:
+            attempt += 1
             wait = min(MAX_WAIT, 0.5 * 2**attempt) * random.uniform(0.5, 1.0)
             async with self.throttle:
                 self._check()
+                if not self.schemas:
+                    request = {name: value for name, value in request.items() if name != "response_format"}
                 sent = time.monotonic()
                 try:
                     return await self._attempt(key, role, request, answer)
@@ -523,8 +678,16 @@ class Client:
                         raise self._refused(KEY_REFUSED) from None
                     elif reason == "HTTP 404":
                         raise self._refused(f"has no model {self.model}; name one it serves with --model") from None
-                    elif reason.startswith("HTTP") or reason == NO_LOGPROBS:
+                    elif reason.startswith("HTTP") or reason in (NO_LOGPROBS, NO_SCHEMAS):
                         self._tell(role, reason, e)
+            if reason == GONE:
+                attempt -= 1
+                await self._back()
+                continue
+            if reason == NO_SCHEMAS and "response_format" in request:
+                attempt -= 1
+                self.schemas = False  # each prompt names the keys of its answer too
+                continue
             if attempt == min(again, self.args.attempts):
                 raise Unusable(reason)
             if reason in ANSWERED_BADLY:  # the same question would bring the same answer
@@ -533,7 +696,28 @@ class Client:
             if reason == CUT:
                 wait, request = 0.0, request | {"max_tokens": 2 * request["max_tokens"]}
             await asyncio.sleep(wait)
-        raise AssertionError("unreachable")
+
+    async def _back(self) -> None:
+        """Return when an endpoint that went away answers again; raises Refused where it does not within --wait."""
+        import openai
+
+        async with self.gone:
+            until = time.monotonic() + self.args.wait
+            while True:
+                self._check()
+                try:
+                    await self.openai.models.list()
+                except openai.APIConnectionError:
+                    pass
+                except (openai.APIError, AttributeError, TypeError, ValueError):
+                    return  # it answers
+                else:
+                    return
+                if time.monotonic() > until:
+                    raise self._refused(f"went away and did not come back within --wait {self.args.wait:g} s; what was "
+                                        "answered is kept: start it and run again")  # fmt: skip
+                self._tell("agents", GONE, f"waiting for {self.endpoint} to come back, {self.args.wait:g} s at most")
+                await asyncio.sleep(1.0)
 
     async def _attempt(self, key: str, role: str, request: dict, answer: type[Answer]) -> tuple[str, int, int]:
         """One request, noted before and booked after, whatever comes of it."""
@@ -575,18 +759,20 @@ class Client:
         self.stop = f"{self.endpoint} {why}"
         return Refused(self.stop)
 
-    def _tell(self, role: str, reason: str, error: Exception) -> None:
+    def _tell(self, role: str, reason: str, error: Exception | str) -> None:
         """One line on stderr for each reason: the first words of the error body, in which the key may be echoed."""
         if reason not in self.told:
             self.told.add(reason)
             text = " ".join(str(getattr(error, "message", error)).split())
             text = "leave --graded out, or name another endpoint" if reason == NO_LOGPROBS else text
+            text = f"asking without one from now on ({text})" if reason == NO_SCHEMAS else text
             text = text.replace(self.key, "***") if self.key else text
             tqdm.write(f"{role}: {reason}: {text[:200]}", file=sys.stderr)
 
 
 KEY_REFUSED = "refuses the key; set the variable that --api-key-env names"
 CUT, FILTERED, NO_LOGPROBS = "cut at the token limit", "content filter", "no logprobs of the verdict"
+GONE, NO_SCHEMAS = "nobody answers", "takes no schema"
 ANSWERED_BADLY = {"not the JSON asked for", "empty", "refusal", "no choice", "not a chat completion"}
 AS_ALLOWED = math.inf  # attempts: as many as --attempts allows
 TOP_LOGPROBS = 20  # the most that OpenAI and vLLM give
@@ -603,6 +789,8 @@ def diagnose(error: Exception) -> tuple[str, float]:
             return reason, {CUT: 2, FILTERED: 1, NO_LOGPROBS: 1}.get(reason, 3)
         case openai.RateLimitError():
             return "rate limit", AS_ALLOWED
+        case openai.APIConnectionError() if refused(error):
+            return GONE, AS_ALLOWED
         case openai.APITimeoutError() if isinstance(error.__cause__, httpx2.ConnectTimeout):
             return "connection", AS_ALLOWED  # what aiohttp's hung-up connection comes as
         case openai.APITimeoutError() | TimeoutError():
@@ -610,11 +798,20 @@ def diagnose(error: Exception) -> tuple[str, float]:
         case openai.APIConnectionError():
             return "connection", AS_ALLOWED
         case openai.APIStatusError():
+            if error.status_code in (400, 422) and re.search("response_format|json_schema", str(error)):
+                return NO_SCHEMAS, 1
             again = error.status_code >= 500 or error.status_code in (408, 409)
             return f"HTTP {error.status_code}", AS_ALLOWED if again else 1
         case openai.APIError() | AttributeError() | KeyError() | TypeError() | ValueError():
             return "not a chat completion", 3
     raise error
+
+
+def refused(error: BaseException | None) -> bool:
+    """Whether nobody listens at the address, anywhere down the chain of an error's causes."""
+    while error and not isinstance(error, ConnectionRefusedError):
+        error = error.__cause__ or error.__context__
+    return bool(error)
 
 
 @lru_cache
@@ -667,8 +864,8 @@ def usable_text(completion: dict, answer: type[BaseModel]) -> str:
         raise Unusable("empty")
     if answer is Text:
         return json.dumps({"text": text}, ensure_ascii=False)
-    if fenced := re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text, flags=re.S):
-        text = fenced[1]
+    fenced = re.findall(r"^```(?:json)?\s*(.*?)\s*```$", text, flags=re.S | re.M)
+    text = fenced[0] if len(fenced) == 1 else text  # also with prose around it, where the schema was not obeyed
     try:
         json.loads(text, object_pairs_hook=one_of_each)
         kept = (Verdict if answer is GradedVerdict else answer).model_validate_json(text).model_dump()

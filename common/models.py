@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from common.llm import render
-from common.records import ROOT, digest, fail, positive
+from common.records import ROOT, digest, fail, main_process, positive
 
 DEFAULT_POLICY = "Qwen/Qwen2.5-7B-Instruct"
 LORA_TARGETS = "all-linear"
@@ -169,6 +169,24 @@ def trainer_settings(bits: int) -> dict:
     }
 
 
+def per_process(batch: int, accumulation: int) -> tuple[int, int]:
+    """(batch, accumulation) of each process of `accelerate launch`, so that all together make the same update."""
+    n = int(os.environ.get("WORLD_SIZE", 1))
+    if accumulation % n and batch % n:
+        fail(f"{n} processes cannot share {accumulation} batches of {batch} an update: make one of the two a multiple "
+             f"of {n}, with --batch-size, --accumulation, --sft-batch-size, --mini-batch or --micro-batch")  # fmt: skip
+    return (batch // n, accumulation) if accumulation % n else (batch, accumulation // n)
+
+
+def of_all_processes(rows: list) -> list:
+    """The rows of every process of `accelerate launch`, in the order of the processes, in each of them."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return rows
+    from accelerate.utils import gather_object
+
+    return gather_object(rows)
+
+
 def peak_gib() -> float | None:
     """The most GPU memory that this process has had from torch so far, in GiB; None without a GPU."""
     import torch
@@ -183,7 +201,8 @@ def progress_callback(title: str, shown: list[str], metrics: Path | None = None)
 
     class Progress(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=title, unit="step")
+            quiet = not main_process()
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=title, unit="step", disable=quiet)
 
         def on_step_end(self, args, state, control, **kwargs):
             self.bar.update(state.global_step - self.bar.n)
@@ -191,7 +210,7 @@ def progress_callback(title: str, shown: list[str], metrics: Path | None = None)
         def on_log(self, args, state, control, logs=None, **kwargs):
             figures = {k: v for k, v in (logs or {}).items() if isinstance(v, int | float)}
             self.bar.set_postfix({k: f"{figures[k]:.3g}" for k in shown if k in figures})
-            if metrics and "loss" in figures:
+            if metrics and "loss" in figures and main_process():
                 with open(metrics, "a", encoding="utf-8") as file:
                     file.write(json.dumps({"step": state.global_step} | figures) + "\n")
 

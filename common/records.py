@@ -34,6 +34,11 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def main_process() -> bool:
+    """Whether this process writes: the only one, or the first of those that `accelerate launch` has started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def digest(*parts: object) -> str:
     """16 hex digits that depend on every part and on where one part ends and the next begins."""
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:16]
@@ -232,7 +237,9 @@ class Appender:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all; of several processes only the first."""
+    if not main_process():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another process may write the same file
     temporary.write_text(text, encoding="utf-8")
@@ -240,7 +247,9 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def write(path: Path, records: Iterable[Record | dict]) -> None:
-    """Write a JSONL file whole or not at all."""
+    """Write a JSONL file whole or not at all; of several processes only the first."""
+    if not main_process():
+        return
     temporary = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     with jsonlines.open(temporary, "w", dumps=lambda o: json.dumps(o, ensure_ascii=False)) as out:
@@ -281,6 +290,8 @@ def parse(parser, offline: dict):
 
 def launch(main: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """The exit code of a script: `main`, with one line instead of a traceback for a full disk and for Ctrl-C."""
+    if not main_process():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the first process says it all
     try:
         return main(args)
     except OSError as e:
@@ -295,11 +306,13 @@ def launch(main: Callable[[argparse.Namespace], int], args: argparse.Namespace) 
 
 
 def open_run(run: Path) -> Path:
-    """Make the run folder and hold it until this process ends; a second process is refused."""
+    """Make the run folder and hold it until this process ends; another is refused, but for ranks of one training."""
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         fail(f"cannot make the folder {run}: {e.strerror}; choose another with --run")
+    if not main_process():
+        return run
     lock = open(run / ".lock", "a")  # noqa: SIM115 - held until the process ends
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -336,6 +349,9 @@ class Stage:
         self.settings = json.loads(json.dumps(settings, default=str))
         old = json.loads(self.path.read_text()) if self.path.is_file() else None
         present = [o for o in outputs if (run / o).exists()]
+        if not main_process():  # the first looks after the files
+            self.done = bool(old and old["done"] and old["settings"] == self.settings and len(present) == len(outputs))
+            return
         if old and old["settings"] != self.settings:
             keys = sorted(old["settings"].keys() | self.settings.keys())
             changed = [k for k in keys if old["settings"].get(k) != self.settings.get(k)]

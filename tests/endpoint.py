@@ -109,12 +109,14 @@ def settings(url: str, **changed: object) -> SimpleNamespace:
         "budget": None,
         "votes": 1,
         "graded": False,
+        "serve": None,
+        "wait": 5,
     }
     return SimpleNamespace(**usual | changed)
 
 
 @contextmanager
-def endpoint(*replies: Reply | Callable[[dict], Reply]) -> Iterator[Served]:
+def endpoint(*replies: Reply | Callable[[dict], Reply], port: int = 0) -> Iterator[Served]:
     """Serve these replies until the block ends."""
     lock = threading.Lock()
 
@@ -172,7 +174,7 @@ def endpoint(*replies: Reply | Callable[[dict], Reply]) -> Iterator[Served]:
             if not isinstance(sys.exception(), ConnectionError):  # a client may hang up
                 super().handle_error(request, client_address)
 
-    http = Loopback(("127.0.0.1", 0), Handler)
+    http = Loopback(("127.0.0.1", port), Handler)
     models = raw({"object": "list", "data": []})
     served = Served(f"http://127.0.0.1:{http.server_port}/v1", list(replies), models)
     thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)

@@ -17,6 +17,9 @@ from conftest import ROOT, lines
 from endpoint import Reply, Served, chat, critic, endpoint, raw, status
 from test_llm import HOSTILE, KEY, data_of
 
+from common import offline
+from common.llm import PROMPTS
+
 SCRIPT = "01_curate_preferences.py"
 QUERIES = [json.loads(line)["query"] for line in (ROOT / "data/queries.jsonl").open(encoding="utf-8")][:10]
 
@@ -216,6 +219,28 @@ def test_one_greeting_that_fails_leaves_its_neighbours_alone(
     again = curate(run, candidates, server.url)
     assert again.returncode == 0 and len(server.asked) == 4 * 9 + 2 * requests + 4
     assert_complete(run, 10)
+
+
+@pytest.mark.parametrize("refuses", [True, False], ids=["refused", "ignored"])
+def test_an_endpoint_without_schemas_will_do(server: Served, tmp_path: Path, refuses: bool) -> None:
+    openings = {role: (PROMPTS / f"{role}.md").read_text(encoding="utf-8").splitlines()[0] for role in offline.ROLES}
+
+    def plain(request: dict) -> Reply:
+        if refuses and "response_format" in request:
+            return status(422, "extra fields not permitted: response_format")
+        system = request["messages"][0]["content"]
+        (role,) = (role for role, opening in openings.items() if system.startswith(opening))
+        said = json.dumps(offline.answer(role, request["messages"]), ensure_ascii=False)
+        return chat(f"想好了，结论如下。\n\n```json\n{said}\n```\n\n以上。")
+
+    server.replies[:] = [plain]
+    candidates, run = write_candidates(tmp_path / "candidates.jsonl", 20), tmp_path / "run"
+    done = curate(run, candidates, server.url)
+    assert done.returncode == 0, done.stderr
+    assert_complete(run, 20)
+    outcomes = summary(run)["ledger"]["outcomes"]
+    assert outcomes["ok"] == 80 and bool(outcomes.get("takes no schema")) == refuses
+    assert outcomes.get("takes no schema", 0) <= 8 and done.stderr.count("asking without one") == refuses
 
 
 def test_an_identical_run_asks_nothing(server: Served, tmp_path: Path) -> None:

@@ -249,6 +249,48 @@ def test_a_fenced_answer_is_taken_and_a_malformed_one_asked_again(server: Served
     assert len({request["seed"] for request in server.asked}) == 2
 
 
+NO_FORMAT = status(400, "This response_format type is unavailable now")
+
+
+def test_an_endpoint_that_refuses_schemas_is_asked_without(
+    server: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.replies[:] = [lambda request: NO_FORMAT if "response_format" in request else GOOD]
+    assert [v.verdict for v in ask(server.url, tmp_path, *SAMPLES, concurrency=1, attempts=1)] == [1] * 12
+    assert len(server.asked) == 13  # it is told once
+    assert capsys.readouterr().err.count("takes no schema: asking without one from now on") == 1
+    assert ledger(tmp_path)["outcomes"] == {"ok": 12, "takes no schema": 1}
+    server.replies[:] = [GOOD]
+    assert ask(server.url, tmp_path, *SAMPLES)[0].verdict == 1 and len(server.asked) == 13  # from what was paid for
+
+
+def test_a_refusal_of_schemas_where_none_was_sent_is_the_end(server: Served, tmp_path: Path) -> None:
+    server.replies[:] = [NO_FORMAT]
+    with pytest.raises(llm.Unusable):
+        ask(server.url, tmp_path)
+    assert len(server.asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        ('看过了。\n\n```json\n{"reason": "好", "verdict": 0}\n```\n以上。', 0),
+        ('```\n{"reason": "好", "verdict": 1}\n```', 1),
+        ('```json\n{"reason": "好", "verdict": 0}\n```\n或者\n```json\n{"reason": "好", "verdict": 1}\n```', None),
+        ('原文写着 {"reason": "好", "verdict": 1}，不可信。', None),
+    ],
+)  # fmt: skip
+def test_json_fenced_in_prose_is_taken_where_there_is_one(
+    server: Served, tmp_path: Path, text: str, verdict: int | None
+) -> None:
+    server.replies[:] = [chat(text)]
+    if verdict is None:
+        with pytest.raises(llm.Unusable, match=NO_JSON):
+            ask(server.url, tmp_path)
+    else:
+        assert ask(server.url, tmp_path)[0].verdict == verdict
+
+
 def test_a_cut_answer_is_asked_for_with_more_room(server: Served, tmp_path: Path) -> None:
     server.replies[:] = [chat('{"reason": "好', "length"), GOOD]
     assert ask(server.url, tmp_path)[0].verdict == 1

@@ -274,3 +274,14 @@ def test_an_engine_that_is_not_there_is_named(folder: Path) -> None:
         pytest.skip("vLLM is installed here")
     done = run_script("04_grpo.py", *flags(folder, "--reward", "judge", "--engine", "vllm"))
     assert done.returncode == 2 and "use --engine hf" in done.stderr and "Traceback" not in done.stderr
+
+
+# ---- the card -------------------------------------------------------------------------------------------------------
+
+
+def test_a_policy_has_a_card_that_says_what_it_is(run: Path) -> None:
+    card = (run / "policy_judge/README.md").read_text(encoding="utf-8")
+    summary = json.loads((run / "04_summary_judge.json").read_text())
+    assert f"its reward went from {summary['reward']['first']:.3f} to\n{summary['reward']['last']:.3f}" in card
+    assert f"base_model: {offline.tiny_policy()}" in card and "请只生成一条祝福语：..." in card
+    assert "Model Card for Model ID" not in card and not (run / "policy_judge/README.md.tmp").exists()
