@@ -669,7 +669,8 @@ def export_verl(args: argparse.Namespace, base: str) -> None:
     moved = vars(args) | {"run": folder, "export_verl": None, "serve": None}
     flags = {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in moved.items()}
     paths = [k for k, v in moved.items() if isinstance(v, Path)]
-    known = vars(args) | {"base": base, "root": str(ROOT), "flags": flags, "paths": paths, "most_prompt": models.MOST_PROMPT}
+    known = vars(args) | {"base": base, "root": str(ROOT), "flags": flags, "paths": paths}
+    known |= {"most_prompt": models.MOST_PROMPT}
     replace_file(folder / "reward.py", VERL_REWARD.format(**known))
     replace_file(folder / "run.sh", VERL_LAUNCH.format(**known))
     print(f"04: start it with: bash {folder / 'run.sh'}")

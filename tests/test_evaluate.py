@@ -152,7 +152,7 @@ def test_diversity_does_not_depend_on_how_much_was_written() -> None:
 
 
 def test_policy_figures_by_hand() -> None:
-    grades = dict.fromkeys(step5.WEIGHTS, 2)
+    grades = dict.fromkeys(llm.WEIGHTS, 2)
     texts = ["万事如意，祝你明天比今天更加快乐健康。", "祝你平安。"]
     rows = [greeting("a", n, text, 1) | {"grades": grades, "quality": 2.0} for n, text in enumerate(texts)]
     policy = step5.Policy("a", "base", Path("run/policy_rm"))
@@ -161,7 +161,7 @@ def test_policy_figures_by_hand() -> None:
     assert found["length"] == 12.0 and found["reward"] == "reward_model" and found["distinct_texts"] == 1.0
     assert found["cliches_per_100"] == round(100 / 24, 3) and found["copied_12"] == 0.5
     assert found["commonest_opening"][1] == 0.5 and found["dimensions"]["culture"] == 2
-    assert step5.weighted_mean({"language": 3, "creativity": 1, "emotion": 2, "culture": 2, "richness": 2}) == 2.0
+    assert llm.weighted_mean({"language": 3, "creativity": 1, "emotion": 2, "culture": 2, "richness": 2}) == 2.0
 
 
 def test_cost_is_the_sum_of_the_steps_and_equal_cost_takes_the_point_reached(tmp_path: Path) -> None:
@@ -328,7 +328,7 @@ def test_alpha_is_krippendorffs_own_example() -> None:
 
 
 def rating(row: dict, rater: str, run: str, grade: int, **changed) -> dict:
-    return {"id": row["id"], "run": run, "rater": rater, "grades": dict.fromkeys(step5.WEIGHTS, grade) | changed}
+    return {"id": row["id"], "run": run, "rater": rater, "grades": dict.fromkeys(llm.WEIGHTS, grade) | changed}
 
 
 def test_ratings_are_joined_by_id_and_half_finished_ones_left_out(tmp_path: Path) -> None:
