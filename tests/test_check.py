@@ -1,0 +1,122 @@
+"""The checks before the paper run: each failure names its remedy, nothing is started; and run.sh, which obeys them."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_script
+from endpoint import endpoint, raw, status
+
+from common import llm, offline
+
+MODELS = raw({"object": "list", "data": [{"id": "m", "object": "model", "created": 0, "owned_by": "us"}]})
+
+
+def check(*flags: object, **environment: str) -> tuple[int, dict[str, tuple[str, str]], str]:
+    """(exit code, check -> (verdict, what was said with its remedy), all of stdout)"""
+    done = run_script("check.py", *flags, NO_PROXY="127.0.0.1", **environment)
+    assert "Traceback" not in done.stderr, done.stderr
+    found, name = {}, ""
+    for line in done.stdout.partition("\n\n")[0].splitlines():
+        if line.startswith(("ok", "FAILS")):
+            name = line[7:22].strip()
+            found[name] = (line[:6].strip(), line[23:])
+        else:
+            found[name] = (found[name][0], found[name][1] + line.strip())
+    return done.returncode, found, done.stdout
+
+
+@pytest.mark.skipif(llm.gpu_gib() is not None, reason="there is a GPU here")
+def test_a_machine_that_has_none_of_it_is_told_all_of_it(tmp_path: Path) -> None:
+    code, found, _ = check("--serve", HF_HOME=str(tmp_path))
+    assert code == 2 and set(found) == {
+        "GPU and driver", "GPU memory", "memory", "disk", "models", "engine", "endpoint"
+    }  # fmt: skip
+    failing = {name: said for name, (verdict, said) in found.items() if verdict == "FAILS"}
+    assert "remedy: use a machine with an NVIDIA GPU" in failing["GPU and driver"]
+    for name in ("Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-32B-Instruct-AWQ"):
+        assert f"hf download {name}" in failing["models"]
+    assert all("remedy: " in said for said in failing.values())
+    assert found["GPU memory"][0] == "ok" and "computed, not measured" in found["GPU memory"][1]
+
+
+def test_what_is_there_passes() -> None:
+    with endpoint() as server:
+        server.models = MODELS
+        _, found, _ = check("--base-url", server.url, "--model", "m", "--policy", offline.tiny_policy())
+        assert {found[name][0] for name in ("memory", "disk", "models", "endpoint")} == {"ok"}
+        assert not server.asked  # nothing was spent
+
+
+@pytest.mark.parametrize(
+    ("models", "remedy"), [(status(401), "set OPENAI_API_KEY"), (MODELS, "name one with --model: m")]
+)
+def test_an_endpoint_that_will_not_do(models: object, remedy: str) -> None:
+    with endpoint() as server:
+        server.models = models
+        _, found, _ = check("--base-url", server.url, "--policy", offline.tiny_policy())
+    assert found["endpoint"][0] == "FAILS" and remedy in found["endpoint"][1]
+
+
+def test_a_port_that_is_taken_and_one_where_nobody_answers() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        _, found, _ = check("--serve", port)
+        assert found["endpoint"][0] == "FAILS" and "is taken" in found["endpoint"][1]
+    _, found, _ = check("--base-url", f"http://127.0.0.1:{port}/v1")
+    assert found["endpoint"][0] == "FAILS" and "use --serve" in found["endpoint"][1]
+
+
+def test_money_follows_from_the_counts() -> None:
+    def last(*flags: object) -> list[float]:
+        return [float(x) for x in check("--serve", *flags)[2].splitlines()[-1].split()[1:]]
+
+    calls, greetings, hours, money = last("--price-in", 1, "--price-out", 2)
+    assert calls > 20000 and greetings > 17000 and hours > 0
+    assert money == pytest.approx(calls * (700 + 2 * 160) / 1e6, rel=0.01)
+    assert last("--votes", 3)[0] > 2 * calls and last()[3] == 0
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Path:
+    """run.sh beside a Python that notes what it is asked to run; check.py fails as the variable CHECK says."""
+    shutil.copy(ROOT / "run.sh", tmp_path)
+    for path in ROOT.glob("requirements*.txt"):
+        shutil.copy(path, tmp_path)
+    folder = tmp_path / ".venv/bin"
+    folder.mkdir(parents=True)
+    note = f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps(sys.argv[1:]), file=open('asked', 'a'))\n"
+    (folder / "python").write_text(note + "sys.exit(int(os.environ['CHECK']) if sys.argv[1] == 'check.py' else 0)\n")
+    (folder / "pip").write_text("#!/bin/sh\n")
+    for file in folder.iterdir():
+        file.chmod(0o755)
+    return tmp_path
+
+
+def asked(shell: Path, code: int, *flags: str) -> list[list[str]]:
+    done = subprocess.run(
+        ["bash", "run.sh", *flags], cwd=shell, capture_output=True, text=True, env=os.environ | {"CHECK": str(code)}
+    )
+    assert done.returncode == code, done.stderr
+    return [json.loads(line) for line in (shell / "asked").read_text().splitlines()]
+
+
+def test_the_paper_run_is_checked_before_its_first_step(shell: Path) -> None:
+    assert asked(shell, 2, "--paper", "--run", "x") == [["check.py", "--run", "x", "--serve"]]
+
+
+def test_the_paper_run_gives_every_step_the_same_flags(shell: Path) -> None:
+    first, *steps = asked(shell, 0, "--paper", "--base-url", "https://judge.example/v1")
+    assert first == ["check.py", "--base-url", "https://judge.example/v1"] and len(steps) == 7
+    assert all(step[-2:] == ["--base-url", "https://judge.example/v1"] and "--offline" not in step for step in steps)
+
+
+def test_checks_alone_run_no_step(shell: Path) -> None:
+    assert asked(shell, 0, "--check") == [["check.py", "--serve"]]
