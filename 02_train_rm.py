@@ -297,6 +297,7 @@ def train(args: argparse.Namespace, pairs: list[Preference], stop: list[Preferen
     tokenizer = models.load_tokenizer(base)
     # On a CPU the fused attention is slower with short padded rows: 9.0 against 12.8 thousand tokens a second.
     attention = {} if torch.cuda.is_available() else {"attn_implementation": "eager"}
+    torch.manual_seed(args.seed)  # the head begins at random
     model = models.load_base(AutoModelForSequenceClassification, base, args.bits, num_labels=1, **attention)
     batch, accumulation = models.per_process(args.batch_size, args.accumulation)
     config = RewardConfig(

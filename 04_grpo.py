@@ -460,7 +460,7 @@ def grpo(args: argparse.Namespace, base: str) -> dict:
                 self.look(state, control)
 
         def on_log(self, arguments, state, control, logs=None, **kwargs):
-            if "reward" in (logs or {}) and state.global_step % (args.watch_every * updates) == 0:
+            if "loss" in (logs or {}) and state.global_step % (args.watch_every * updates) == 0:
                 self.look(state, control)
 
     completions = args.queries_per_step * args.samples

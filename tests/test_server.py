@@ -271,6 +271,7 @@ def test_steps_1_3_and_5_ask_a_real_server(judge: Path, small: dict[str, Path], 
     third = json.loads((run / "03_summary.json").read_text())
     assert len(lines(run / "principles.jsonl")) >= 2 and third["ledger"]["outcomes"].keys() == {"ok"}
     assert third["test"]["seed"]["failed"] == third["test"]["final"]["failed"] == 0
+    (run / "sft.jsonl").unlink()  # this judge accepts nothing
     flags = ["--samples", 1, "--max-tokens", 24, "--labelled", small["labelled"], "--queries", small["queries_heldout"]]
     finish(start("05_evaluate.py", run, port, *usual, *flags))
     fifth = json.loads((run / "05_summary.json").read_text())
