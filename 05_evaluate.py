@@ -940,8 +940,7 @@ def figures_of(args: argparse.Namespace, policies: list[Policy], scored: Scored,
     names = [p.name for p in policies if any(r["policy"] == p.name for r in rows)]
     of = {name: [r for r in rows if r["policy"] == name] for name in names}
     people = join_people(ratings, rows, comparisons, given, names) if ratings else None
-    sft = read(args.run / "sft.jsonl", Demonstration) if (args.run / "sft.jsonl").is_file() else []
-    learnt = runs_of_12([d.completion[0]["content"] for d in sft])
+    learnt = runs_of_12([d["completion"][0]["content"] for d in read_lines(args.run / "sft.jsonl")])
     stock = json.loads((ROOT / "data/lexicon.json").read_text(encoding="utf-8"))["stock_phrases"].split()
     characters = min(sum(len(r["response"]) for r in some) for some in of.values())
     found = {p.name: policy_figures(of[p.name], p, characters, learnt, stock) for p in policies if p.name in of}
@@ -1005,7 +1004,8 @@ def write_report(args: argparse.Namespace, figures: dict, rows: list[dict], page
             samples.setdefault(row["query"], {})[row["policy"]] = [row["response"], row["quality"], row["excellent"]]
 
     def curve(reward: str) -> list[list]:
-        return [[row["step"], row.get("reward")] for row in read_lines(args.run / f"metrics_{reward}.jsonl")]
+        rows = read_lines(args.run / f"metrics_{reward}.jsonl")  # an update without rollouts of its own has no reward
+        return [[row["step"], row["reward"]] for row in rows if "reward" in row]
 
     drawn = {
         "The judge over the rounds of step 3": args.run / "principles.svg",

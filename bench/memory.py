@@ -84,7 +84,7 @@ def main() -> None:
     rm, tuned = (json.loads((folder / f"{name}.json").read_text()) for name in ("02_summary", "04_summary_rm"))
     log = rm["log"][-1]
     steps = [json.loads(line) for line in (folder / "metrics_rm.jsonl").read_text().splitlines()]
-    tokens = sum(s["completions/mean_length"] for s in steps) * planned.queries_per_step * planned.samples
+    tokens = sum(s.get("completions/mean_length", 0.0) for s in steps) * planned.queries_per_step * planned.samples
     plan = grpo.peak(planned, grpo.plan(planned, str(policy)))
     seen = max(entry.get("num_tokens", 0) for entry in rm["log"]) / log["train_runtime"]
     written, trained = (tokens / tuned["seconds"][phase] for phase in ("generate", "train"))

@@ -441,15 +441,15 @@ def agreement(labels: list[int], verdicts: list[int | None]) -> dict:
 
 
 def write_summary(run: Path, name: str, started: float, settings: dict, figures: dict) -> dict:
-    """Write NAME.json: the figures, how long it took, with which settings and which versions."""
-    versions = {}
+    """Write NAME.json: the figures, how long it took, with which settings and which packages."""
+    packages = {}
     for package in ("torch", "transformers", "trl", "peft", "bitsandbytes", "vllm", "openai"):
         try:
-            versions[package] = importlib.metadata.version(package)
+            packages[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
     figures = {"seconds": round(time.time() - started, 1)} | figures
-    summary = figures | {"settings": settings, "versions": versions}
+    summary = figures | {"settings": settings, "packages": packages}
     text = json.dumps(summary, ensure_ascii=False, indent=1, default=str)
     replace_file(run / f"{name}.json", text + "\n")
     return summary

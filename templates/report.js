@@ -26,7 +26,8 @@ function nothing(id, why) { element(canvas(id), "text", {x: W / 2, y: H / 2, "te
 function ticks(lo, hi, most = 5) {
   const rough = (hi - lo) / most || 1, unit = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map(k => k * unit).find(k => k >= rough), found = [];
-  for (let at = Math.ceil(lo / step - 1e-9) * step; at <= hi + step * 1e-9; at += step) found.push(+at.toPrecision(6));
+  // Multiples, not a sum: what rounding leaves of a sum would stand at the axis as -5.55e-17.
+  for (let n = Math.ceil(lo / step - 1e-9); n * step <= hi + step * 1e-9; n++) found.push(+(n * step).toPrecision(6));
   return found;
 }
 

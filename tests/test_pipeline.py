@@ -41,7 +41,7 @@ def test_every_step_leaves_what_the_design_names(run: Path) -> None:
         assert (run / name).stat().st_size > 0, name
     for name in ("01", "02", "03", "04_summary_none", "04_summary_rm", "04_summary_judge", "05"):
         summary = json.loads((run / (name if "_" in name else f"{name}_summary")).with_suffix(".json").read_text())
-        assert {"seconds", "settings", "versions"} <= summary.keys()
+        assert {"seconds", "settings", "packages"} <= summary.keys()
 
 
 def test_curation_joins_by_id_and_favours_no_length(run: Path) -> None:
