@@ -50,6 +50,7 @@ from common.records import (
     parse,
     positive,
     read,
+    read_lines,
     read_summary,
     replace_file,
     write_summary,
@@ -98,12 +99,7 @@ def parse_args() -> argparse.Namespace:
     add("--stop-on-hack", action="store_true", help="end when the reward rises and the watch's grades fall")
     add("--report-to", nargs="*", default=[], help="trackers that TRL knows, such as tensorboard")
     add("--merge", type=Path, metavar="DIR", help="also write the trained policy as one bf16 model")
-    add(
-        "--export-verl",
-        type=Path,
-        metavar="DIR",
-        help="train nothing: write what verl needs for this GRPO on a cluster",
-    )
+    add("--export-verl", type=Path, metavar="DIR", help="train nothing: write what verl needs for this on a cluster")
     add("--test-queries", type=Path, default=ROOT / "data/queries_heldout.jsonl", help="of that export (%(default)s)")
     add("--plan", action="store_true", help="train nothing: print what will be on the GPU, and whether it fits")
     add("--gpu-memory", type=float, help="GiB of the GPU (the one there, else 79: a card of 80 GB)")
@@ -368,7 +364,7 @@ class Watch:
             )  # fmt: skip
         grades = asyncio.run(self.grades(texts))
         heard = [g for g in grades if g is not None]
-        seen = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.is_file() else []
+        seen = read_lines(self.path)
         row = {"step": step, "quality": sum(heard) / len(heard) if heard else None, "n": len(heard), "hack": False}
         if best := max((r for r in seen if r["quality"] is not None), key=lambda r: r["quality"], default=None):
             gaps = [a - b for a, b in zip(grades, best["grades"], strict=True) if None not in (a, b)]
@@ -495,7 +491,7 @@ def grpo(args: argparse.Namespace, base: str) -> dict:
         return {}
     trainer.model.save_pretrained(args.run / args.name, selected_adapters=["default"])
 
-    steps = [json.loads(line) for line in metrics.read_text().splitlines()]
+    steps = read_lines(metrics)
     seconds = {phase: sum(s.get(f"seconds/{phase}", 0.0) for s in steps) for phase in ("generate", "sync", "reward")}
     seconds["train"] = sum(s["step_time"] for s in steps) - sum(seconds.values())
     seconds["total"] = sum(seconds.values())
@@ -503,11 +499,11 @@ def grpo(args: argparse.Namespace, base: str) -> dict:
     syncs = trainer.vllm_generation.syncs if vllm else []
     mean = [s["reward"] for s in steps if "reward" in s]  # not at a second update from the same rollouts
     tenth = max(1, len(mean) // 10)
-    looks = [json.loads(line) for line in watch.path.read_text().splitlines()] if watch.path.is_file() else []
+    looks = read_lines(watch.path)
     models.draw_curves(args.run / f"metrics_{args.reward}.svg", {
         title: {key: [(s["step"], s[key]) for s in steps if key in s] for key in keys}
         for title, keys in {
-            "reward": ["reward", "reward_std"], "characters and reward": ["reward_length_correlation", "distinct_2"],
+            "reward": ["reward", "reward_std"], "length, diversity": ["reward_length_correlation", "distinct_2"],
             "tokens": ["completions/mean_length"], "KL and gap": ["kl", "sampling/sampling_logp_difference/mean"],
         }.items()
     } | {"rubric's mean grade": {"watch": [(r["step"], r["quality"]) for r in looks if r["quality"]]}})  # fmt: skip

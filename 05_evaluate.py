@@ -55,6 +55,7 @@ from common.records import (
     positive,
     rate,
     read,
+    read_lines,
     read_summary,
     replace_file,
     split_labelled,
@@ -313,11 +314,6 @@ def pairs_of_policies(rows: list[dict], queries: list[str]) -> list[tuple[dict, 
 def labelled_pairs(rows: list[dict]) -> list[tuple[dict, dict]]:
     """(good, bad) labelled greetings for one query."""
     return [(g, b) for g in rows if g["label"] == 1 for b in rows if b["label"] == 0 and b["query"] == g["query"]]
-
-
-def read_lines(path: Path) -> list[dict]:
-    """The lines of a JSONL file that this step, or a trainer, wrote; none where there is no file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
 def rollouts(run: Path, seed: int) -> list[dict]:

@@ -199,6 +199,11 @@ def stream(path: Path | str, kind: type[R], made_by: str = "", unique: bool = Tr
         fail(f"{path} is empty{remedy}")
 
 
+def read_lines(path: Path) -> list[dict]:
+    """The lines of a JSONL file that a step of ours, or a trainer, wrote; none where there is no file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
 class Appender:
     """Appends records to a JSONL file, one flushed line each. Opening mends a torn last line by dropping it.
 

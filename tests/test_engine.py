@@ -88,7 +88,7 @@ def test_an_adapter_that_does_not_reach_the_engine_stops_the_run(folder: Path, i
     assert "these rollouts are not the policy's" in done.stderr and "Traceback" not in done.stderr
     assert not (folder / "policy_judge").exists()
     if injected == "never_sent":
-        assert gaps(folder) == [] if (folder / "metrics_judge.jsonl").is_file() else True  # nothing was learnt
+        assert not (folder / "metrics_judge.jsonl").exists()  # no update was made
 
 
 def test_killed_and_resumed_the_rollouts_are_still_the_policys(folder: Path) -> None:
