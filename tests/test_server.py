@@ -44,6 +44,8 @@ def stand_in(tmp_path: Path) -> dict[str, str]:
     """The environment in which `python -m vllm.entrypoints.openai.api_server` is the stand-in."""
     package = tmp_path / "path/vllm/entrypoints/openai"
     package.mkdir(parents=True)
+    for folder in (package, package.parent, package.parents[1]):
+        (folder / "__init__.py").touch()  # a folder without it gives way to a vLLM that is installed
     (package / "api_server.py").write_text(STAND_IN)
     return {"PYTHONPATH": str(tmp_path / "path")}
 
