@@ -369,6 +369,7 @@ class Stage:
             aside = run / "replaced" / f"{name}-{time.time_ns()}"
             aside.mkdir(parents=True)
             for output in present:
+                (aside / output).parent.mkdir(exist_ok=True)
                 shutil.move(run / output, aside / output)
             shutil.move(self.path, aside / "settings.json")
             old = None

@@ -163,6 +163,16 @@ def test_redo_moves_the_old_outputs_and_settings_to_replaced(tmp_path: Path, mon
     assert sorted(json.loads(p.read_text())["settings"]["samples"] for p in kept if p.suffix == ".json") == [4, 8]
 
 
+def test_redo_moves_an_output_in_a_folder_of_its_own_too(tmp_path: Path) -> None:
+    output = tmp_path / "generations/sft.jsonl"
+    Stage(tmp_path, "greetings", ["generations/sft.jsonl"], {"seed": 0}).finish()
+    output.parent.mkdir()
+    output.write_text("first")
+    assert not Stage(tmp_path, "greetings", ["generations/sft.jsonl"], {"seed": 1}, redo=True).done
+    (moved,) = (tmp_path / "replaced").rglob("sft.jsonl")
+    assert moved.read_text() == "first" and not output.exists()
+
+
 def test_outputs_without_their_settings_are_not_taken_over(tmp_path: Path, refusal: Refusal) -> None:
     (tmp_path / "a.jsonl").write_text("whose?")
     line = refusal(lambda: reopen(tmp_path, redo=True))
