@@ -90,6 +90,8 @@ def parse_args() -> argparse.Namespace:
     add("--kl", type=float, default=0.001, help="coefficient of the KL term (%(default)s)")
     add("--judge-weight", type=float, default=0.5, help="of the verdict in --reward both (%(default)s)")
     add("--length-penalty", type=float, default=0.0, help="taken off the reward for every 100 characters (%(default)s)")
+    add("--rollout-server", metavar="URL", help="a vLLM server that writes, on GPUs of its own, instead of one in this "
+        "process; where none answers, the command that starts it is shown")  # fmt: skip
     add("--sleep", action="store_true", help="put vLLM's weights and cache away while the trainer works")
     add("--max-gap", type=float, default=0.05, help="mean difference of the engine's and the trainer's log-probability "
         "of a token from which the run stops (%(default)s)")  # fmt: skip
@@ -111,6 +113,9 @@ def parse_args() -> argparse.Namespace:
     args.sft, args.rm = args.sft or args.run / "sft.jsonl", args.rm or args.run / "rm"
     args.principles = args.principles or args.run / "principles.jsonl"
     args.name = "policy_sft" if args.reward == "none" else f"policy_{args.reward}"
+    args.rollout_server = args.rollout_server and args.rollout_server.rstrip("/").removesuffix("/v1")
+    if args.rollout_server and args.sleep:
+        fail("--sleep is for an engine in this process, --rollout-server for one elsewhere: give one of them")
     if args.queries_per_step % args.mini_batch or args.mini_batch * args.samples % args.micro_batch:
         fail("--queries-per-step must be a multiple of --mini-batch, and --mini-batch x --samples of --micro-batch")
     return args
@@ -142,7 +147,7 @@ def plan(args: argparse.Namespace, base: str) -> dict[str, float]:
         "trainer: logits": logits,
         "CUDA itself": 1.5 * GIB,
     }
-    if args.engine == "vllm":
+    if args.engine == "vllm" and not args.rollout_server:
         completions = args.queries_per_step * args.samples
         bytes_["rollouts: base in bf16"] = 2 * (linear + embedded)
         bytes_["rollouts: KV cache of all completions"] = completions * length * 2 * layers * kv * 2
@@ -399,7 +404,9 @@ def grpo(args: argparse.Namespace, base: str) -> dict:
     store = llm.open_store(args)
     before = ledger_before(args, store)
     vllm, rewards, watch = args.engine == "vllm", Rewards(args, base), Watch(args, queries)
-    sync = models.adapter_sync(base, args.bits, args.rank) if vllm else nullcontext()  # before TRL imports vLLM
+    sync = nullcontext()
+    if vllm:  # before TRL imports vLLM
+        sync = models.adapter_sync(base, args.bits, args.rank, args.run, args.rollout_server)
     from trl import GRPOConfig, GRPOTrainer
 
     model, tokenizer = models.load_policy(base, args.bits, args.run / "policy_sft", trainable=True)
@@ -470,7 +477,8 @@ def grpo(args: argparse.Namespace, base: str) -> dict:
         max_completion_length=args.max_tokens, temperature=args.temperature, logging_steps=1,
         # Rollouts are not in a checkpoint, so it is taken only when those of a step are used up.
         save_strategy="steps", save_steps=args.save_every * updates, save_total_limit=2,
-        use_vllm=vllm, vllm_mode="colocate", vllm_enable_sleep_mode=args.sleep,
+        use_vllm=vllm, vllm_mode="server" if args.rollout_server else "colocate",
+        vllm_server_base_url=args.rollout_server, vllm_enable_sleep_mode=args.sleep,
         vllm_max_model_length=models.MOST_PROMPT + args.max_tokens,
         vllm_gpu_memory_utilization=engine_share(args, base),
         **models.trainer_settings(args.bits) | {"report_to": args.report_to},
@@ -586,7 +594,7 @@ def merge(args: argparse.Namespace, base: str) -> None:
 # verl takes a number for every completion. One that could not be judged gets the mean of its query's others: its
 # advantage is nothing then, and so is that of a query none of whose completions could be judged.
 VERL_REWARD = """# The reward of 04_grpo.py --reward {reward}, as verl's "batch" reward manager calls it.
-import argparse, asyncio, importlib, os, sys
+import argparse, asyncio, atexit, importlib, os, sys
 from pathlib import Path
 
 sys.path.insert(0, os.environ.get("GREETINGS", {root!r}))  # where this project lies on every node
@@ -602,6 +610,8 @@ def compute_score(data_sources, solution_strs, ground_truths, extra_infos, **kwa
     if rewards is None:
         args = argparse.Namespace(**{{k: Path(v) if k in PATHS else v for k, v in FLAGS.items()}})
         rewards = grpo.Rewards(args, {base!r})
+        if args.reward != "rm":
+            atexit.register(lambda: LOOP.run_until_complete(rewards.client.close()))
     rows = [(query, text.strip()) for query, text in zip(ground_truths, solution_strs, strict=True)]
     found = [reward for reward, _ in LOOP.run_until_complete(rewards.of(rows))]
     heard = {{}}
@@ -683,6 +693,9 @@ def main(args: argparse.Namespace) -> int:
             fail("--export-verl is for GRPO: give --reward rm, judge or both")
         export_verl(args, base)
         return 0
+    if args.rollout_server and args.reward != "none":
+        args.engine = "vllm"
+        models.check_rollout_server(args.rollout_server, base, args.bits, args.rank)
     models.choose_engine(args)
     open_run(args.run)
     inputs: dict[str, Path] = {"sft": args.sft} if args.reward == "none" else {"queries": args.queries}

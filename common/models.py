@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from common.llm import render
+from common.llm import Refused, render
 from common.records import ROOT, digest, fail, main_process, positive
 
 DEFAULT_POLICY = "Qwen/Qwen2.5-7B-Instruct"
@@ -343,9 +343,8 @@ def engine_class(base: str, bits: int, rank: int):
         fail(f"--engine vllm: {e}; install vLLM (requirements.txt), or use --engine hf")
     served = {
         "model": rollout_base(base, bits), "quantization": None, "enable_lora": True, "max_loras": 1,
-        "max_lora_rank": next((n for n in (8, 16, 32, 64, 128, 256, 320, 512) if n >= rank), 0)
-        or fail(f"--rank {rank}: vLLM serves adapters of rank 512 at most"),
-        "max_cpu_loras": 1, "dtype": "bfloat16" if cuda or bits == 4 else "float32", "enforce_eager": not cuda,
+        "max_lora_rank": adapter_room(rank), "max_cpu_loras": 1,
+        "dtype": "bfloat16" if cuda or bits == 4 else "float32", "enforce_eager": not cuda,
     }  # fmt: skip
 
     class AdapterLLM(LLM):
@@ -425,11 +424,31 @@ class Writer:
         return [output.outputs[0].text.strip() for output in outputs]
 
 
-def adapter_sync(base: str, bits: int, rank: int):
-    """A context in which TRL's colocated engine serves the rollout base and is sent the adapter alone.
+def check_rollout_server(url: str, base: str, bits: int, rank: int) -> None:
+    """End with the command that starts it if no vLLM server answers there."""
+    import requests
 
-    TRL itself merges the adapter into the base and pushes all weights, which is lossy or fails on 4 bits (trl#3466,
-    trl#4973, trl#5975). Each sync is in `syncs` of the trainer's `vllm_generation`: (seconds, bytes).
+    try:
+        requests.get(f"{url}/health", timeout=10).raise_for_status()
+    except requests.RequestException as e:
+        fail(f"no vLLM server answers at {url} ({type(e).__name__}); on a GPU of its own, start: "
+             "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True VLLM_SERVER_DEV_MODE=1 "
+             f"vllm serve {rollout_base(base, bits)} --enable-lora --max-lora-rank {adapter_room(rank)} "
+             f"--logprobs-mode processed_logprobs --port {url.rpartition(':')[2]}")  # fmt: skip
+
+
+def adapter_room(rank: int) -> int:
+    """The least rank for which vLLM can make room that holds an adapter of this rank."""
+    ranks = (8, 16, 32, 64, 128, 256, 320, 512)
+    return next((n for n in ranks if n >= rank), 0) or fail(f"--rank {rank}: vLLM serves adapters of rank 512 at most")
+
+
+def adapter_sync(base: str, bits: int, rank: int, run: Path, server: str | None):
+    """A context in which TRL writes with the rollout base, and brings its engine the adapter alone each step.
+
+    The engine lives in this process, or is a vLLM server (its URL) that sees the same files: it reads the adapter in
+    the run folder. TRL itself merges the adapter into the base and pushes all weights, which is lossy or fails on 4
+    bits (trl#3466, trl#4973, trl#5975). Each sync is in `syncs` of the trainer's `vllm_generation`: (seconds, bytes).
     """
     from contextlib import ExitStack
     from unittest.mock import patch
@@ -439,30 +458,68 @@ def adapter_sync(base: str, bits: int, rank: int):
     if trl.__version__ != TRL_VERSION:
         fail(f"--engine vllm was written against trl {TRL_VERSION}, this is {trl.__version__}: install that one, or "
              "use --engine hf")  # fmt: skip
-    engine = engine_class(base, bits, rank)  # sets the environment that vLLM reads when TRL imports it
-    from trl.generation import vllm_generation
+    if not server:
+        engine = engine_class(base, bits, rank)  # sets the environment that vLLM reads when TRL imports it
+    import requests
+    from trl.generation import vllm_client, vllm_generation
     from trl.trainer import grpo_trainer
+
+    class AdapterClient(vllm_client.VLLMClient):
+        swaps = 0
+
+        def init_communicator(self, device=None) -> None:
+            """TRL pushes all weights through one. Nothing is pushed here."""
+
+        def _post(self, url: str, **kwargs):
+            try:
+                return super()._post(url, **kwargs)
+            except requests.JSONDecodeError:  # it has said "Success" and no more
+                return {}
+            except requests.RequestException as e:
+                raise Refused(f"the vLLM server at {self.base_url} is gone ({type(e).__name__}); start it again, and "
+                              "run again: the run goes on at its last checkpoint") from e  # fmt: skip
+
+        def use(self, folder: Path) -> None:
+            """Answer with the adapter in this folder from now on; under a new name, as in AdapterLLM."""
+            if self.swaps:
+                self._post(f"{self.base_url}/v1/unload_lora_adapter", json={"lora_name": self.model})
+            self.swaps += 1
+            self.model = f"{folder.parent.name}-{folder.name}"
+            try:
+                asked = {"lora_name": self.model, "lora_path": str(folder)}
+                self._post(f"{self.base_url}/v1/load_lora_adapter", json=asked)
+            except Refused:
+                raise
+            except Exception as e:  # what TRL's client raises for a status that is not 200
+                raise Refused(f"the vLLM server at {self.base_url} does not take the adapter in {folder}; it needs "
+                              "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora and the same files. "
+                              f"{str(e)[:300]}") from e  # fmt: skip
 
     class AdapterGeneration(vllm_generation.VLLMGeneration):
         def _init_vllm(self):
-            self.syncs, self.scratch = [], tempfile.TemporaryDirectory()
+            self.syncs = []
+            self.scratch = tempfile.TemporaryDirectory(dir=run.resolve() if server else None, prefix="adapter-")
             super()._init_vllm()
+            self.serving = self.llm if self.mode == "colocate" else getattr(self, "vllm_client", None)
 
         def sync_weights(self):
+            if self.serving is None:  # the first process alone talks to a server
+                return
             started = time.perf_counter()
             if self.enable_sleep_mode:
                 vllm_generation.empty_cache()
                 self.llm.wake_up(tags=["weights"])
                 self._llm_weights_sleeping = False
-            folder, old = (Path(self.scratch.name, str(self.llm.swaps + n)) for n in (1, 0))
+            folder, old = (Path(self.scratch.name, str(self.serving.swaps + n)) for n in (1, 0))
             self.model.save_pretrained(folder, selected_adapters=["default"])
-            self.llm.use(folder)
+            self.serving.use(folder)
             shutil.rmtree(old, ignore_errors=True)
             size = sum(file.stat().st_size for file in folder.iterdir())
             self.syncs.append((time.perf_counter() - started, size))
 
     stack = ExitStack()
-    stack.enter_context(patch.object(vllm_generation, "LLM", engine))
+    name, kind = ("VLLMClient", AdapterClient) if server else ("LLM", engine)
+    stack.enter_context(patch.object(vllm_generation, name, kind))
     stack.enter_context(patch.object(grpo_trainer, "VLLMGeneration", AdapterGeneration))
     return stack
 

@@ -4,13 +4,19 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, lines, run_script
+from test_processes import LAUNCH
+
+from common import models, offline
 
 pytest.importorskip("vllm", reason="vLLM is not installed; .ci/run installs its CPU build")
 GAP = "sampling/sampling_logp_difference/mean"
@@ -104,6 +110,66 @@ def test_killed_and_resumed_the_rollouts_are_still_the_policys(folder: Path) -> 
     assert done.returncode == 0, done.stderr
     assert lines(metrics)[:2] == before  # it went on from the checkpoint, not from the start
     assert [row["step"] for row in lines(metrics)] == [1, 2, 3, 4, 5] and max(gaps(folder)) <= 0.01
+
+
+# ---- a vLLM server that writes --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, subprocess.Popen]]:
+    """(URL, process) of a server of the dequantised base, started with the command that step 4 prints."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    flags = ["--offline", "--reward", "judge", "--bits", 4, "--run", tmp_path_factory.mktemp("none")]
+    told = run_script("04_grpo.py", *flags, "--rollout-server", url)
+    assert told.returncode == 2 and "no vLLM server answers" in told.stderr
+    *variables, words = told.stderr.partition("start: ")[2].rstrip(".\n").partition("vllm serve ")
+    assert models.rollout_base(str(offline.tiny_policy()), 4) in words
+    told = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", *words.split(), "--enforce-eager"]
+    environment = dict(word.split("=") for word in variables[0].split()) | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    log = tmp_path_factory.mktemp("server") / "log"
+    process = subprocess.Popen(
+        [*told, "--max-model-len", "400"], stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True,
+        env=os.environ | environment | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 300
+    while "startup complete" not in log.read_text() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert process.poll() is None, log.read_text()[-3000:]
+    yield url, process
+    os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_server_writes_as_the_policy_for_two_processes(folder: Path, server: tuple) -> None:
+    flags = [*SMALL, "--offline", "--bits", "4", "--reward", "judge", "--watch-every", "0", "--steps", "3"]
+    flags += ["--mini-batch", "8", "--micro-batch", "16", "--run", folder, "--rollout-server", server[0]]
+    done = subprocess.run(
+        [sys.executable, *LAUNCH, "2", "04_grpo.py", *map(str, flags)], cwd=ROOT, capture_output=True, text=True,
+        timeout=550, env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NO_PROXY": "127.0.0.1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(gaps(folder)) == 3 and max(gaps(folder)) <= 0.01
+    rows = lines(folder / "rollouts_judge.jsonl")
+    assert Counter(row["step"] for row in rows) == {0: 32, 1: 32, 2: 32}
+    assert set(Counter((row["step"], row["query"]) for row in rows).values()) == {4}
+    assert not list(folder.glob("adapter-*"))
+
+
+def test_a_server_that_is_gone_ends_the_run_in_one_line(folder: Path, server: tuple) -> None:
+    """The last test that uses it."""
+    process = subprocess.Popen(
+        command(folder, "as_is", 4, "--steps", 40, "--rollout-server", server[0]), cwd=ROOT, text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | {"NO_PROXY": "127.0.0.1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 300
+    while not (folder / "metrics_judge.jsonl").is_file() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(server[1].pid, signal.SIGKILL)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 2 and "Traceback" not in err, err
+    (line,) = [line for line in err.splitlines() if "error: " in line]  # the bar is drawn after it
+    assert "is gone" in line and "goes on at its last checkpoint" in line
 
 
 def engine(mode: str):
