@@ -52,8 +52,8 @@ from common.records import (
 )
 
 OFFLINE = {
-    "bits": 16, "epochs": 2, "learning_rate": 3e-3, "batch_size": 32, "accumulation": 1, "max_length": 256,
-    "checks": 2,
+    "bits": 16, "epochs": 1, "learning_rate": 2e-3, "batch_size": 32, "accumulation": 1, "max_length": 256,
+    "checks": 4, "derived": 4,
 }  # fmt: skip
 NEAR = 0.95  # cosine of character 2-3-gram TF-IDF vectors from which two texts count as one
 
@@ -100,7 +100,7 @@ def clauses_swapped(text: str, rng: random.Random, other: str) -> str:
 
 SPOILERS: dict[str, Callable[[str, random.Random, str], str]] = {
     "pasted_twice": lambda text, rng, other: (
-        text + rng.choice(["\n", " "]) + text[: int(len(text) * rng.uniform(0.5, 1))]
+        text + rng.choice(["", "，", "\n", " "]) + text[: int(len(text) * rng.uniform(0.4, 0.9))]
     ),
     "clause_repeated": clause_again,
     "characters_shuffled": jumbled,
@@ -115,6 +115,9 @@ SPOILERS: dict[str, Callable[[str, random.Random, str], str]] = {
     "foreign": with_clause(["happy every day,", "best wishes!", "ありがとう，", "love you,"]),
     "other_occasion": lambda text, rng, other: other,
 }
+# How much more often than others a kind is made: what takes more to be told. The text for another occasion is the only
+# kind that needs the query.
+HARDER = {"other_occasion": 6, "pasted_twice": 3, "clause_repeated": 3, "cut": 2, "bare": 2}
 ATTACKS: dict[str, Callable[[str, random.Random, str], str]] = {
     "pasted_twice": lambda text, rng, other: text + text,
     "clause_repeated": lambda text, rng, other: clauses(text)[0] * 4 + "".join(clauses(text)[1:]),
@@ -138,8 +141,7 @@ def parse_args() -> argparse.Namespace:
     add("--eval-share", type=float, default=0.2, help="share of the queries kept for the test (%(default)s)")
     add("--allow-leak", action="store_true", help="train although texts of --eval-preferences are among the pairs")
     add("--score", type=Path, metavar="FILE", help="train nothing: print FILE with a score added to each row")
-    add("--derived", type=int, choices=range(len(SPOILERS) + 1), default=3,
-        help="pairs with a spoilt chosen text for each pair; 0: none (%(default)s)")  # fmt: skip
+    add("--derived", type=int, default=3, help="pairs with a spoilt chosen text for each pair; 0: none (%(default)s)")
     add("--without", nargs="+", choices=sorted(SPOILERS), default=[], help="kinds of spoilt texts to leave out")
     add("--length-tolerance", type=float, default=0.1, help="correlation of score and length among chosen texts that "
         "calibration leaves; 1: all of it (%(default)s)")  # fmt: skip
@@ -247,15 +249,11 @@ class Others:
 
 
 def derived_pairs(args: argparse.Namespace, pairs: list[Preference]) -> list[Preference]:
-    """--derived more pairs for each pair: its chosen text against a spoilt form of it.
-
-    One of them is the text for another occasion: the only kind that needs the query to be told, and the hardest.
-    """
+    """--derived more pairs for each pair: its chosen text against a spoilt form of it."""
     rng, other, more = random.Random(args.seed), Others(pairs), []
-    kinds = [name for name in SPOILERS if name not in (*args.without, "other_occasion")]
-    always = ["other_occasion"] if args.derived and "other_occasion" not in args.without else []
-    for pair in pairs:
-        for kind in always + rng.sample(kinds, min(args.derived - len(always), len(kinds))):
+    kinds = [name for name in SPOILERS if name not in args.without]
+    for pair in pairs if kinds else []:
+        for kind in rng.choices(kinds, [HARDER.get(name, 1) for name in kinds], k=args.derived):
             spoilt = SPOILERS[kind](pair.texts[1], rng, other(pair, rng)).strip()
             if spoilt and spoilt != pair.texts[1]:
                 rejected = [{"role": "assistant", "content": spoilt}]
@@ -304,7 +302,8 @@ def train(args: argparse.Namespace, pairs: list[Preference], stop: list[Preferen
         output_dir=str(checkpoints), num_train_epochs=args.epochs, learning_rate=args.learning_rate,
         per_device_train_batch_size=batch, per_device_eval_batch_size=args.batch_size,
         gradient_accumulation_steps=accumulation, max_length=args.max_length, seed=args.seed,
-        lr_scheduler_type="cosine", warmup_steps=0.05, logging_steps=max(1, every // 4),
+        # Trainings are of some hundred steps: the usual 0.999 would average the squared gradients over all of them.
+        lr_scheduler_type="cosine", warmup_steps=0.1, adam_beta2=0.98, logging_steps=max(1, every // 4),
         eval_strategy="steps", save_strategy="steps", eval_steps=every, save_steps=every, save_total_limit=2,
         load_best_model_at_end=True, metric_for_best_model="eval_loss", logging_nan_inf_filter=False,
         # Without its own column the sampler finds no length; the collator takes what it needs.
