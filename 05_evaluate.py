@@ -10,6 +10,7 @@ Writes  generations.jsonl, scores.jsonl, labelled_scores.jsonl, comparisons.json
         report.html, report.md, annotate.html (a page on which people rate), 05_summary.json; evaluators/ and
         ablations/, where steps 1 and 3 run again
 Paper   arXiv 2508.21476: language 30, creativity 30, emotion 15, culture 15, richness 10; each 1-3. Departures:
+        nothing written for another occasion or person is excellent (prompts/rubric.md);
         intervals by bootstrap over queries; scores at equal length, diversity, null baselines, cost beside each score.
 Example python 05_evaluate.py --offline --run outputs/mine
         python 05_evaluate.py --offline --run outputs/mine --ask 给班主任的教师节祝福

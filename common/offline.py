@@ -364,15 +364,17 @@ def grades(query: str, response: str) -> dict[str, int]:
     """The five grades of the rubric (1-3), from the same measurements; no character is counted, only clauses."""
     flaws = flaws_of(query, response)
     sure = {name for name, how in flaws.items() if how == 2}
+    misdirected = bool(sure & {"wrong_occasion", "wrong_recipient"})
     spoilt = bool(sure & {"meta", "advertising", "request", "flattery", "placeholder", "broken"})
     contents = {c for c in clauses(response) if len(c) >= 3 and not any(s in c for s in STOCK)}
     unfinished = bool(sure & {"truncated", "repetition", "foreign"})
     language = 1 if spoilt or unfinished else 2 if flaws.keys() & {"broken", "repetition"} else 3
-    creativity = 1 if spoilt or "cliche" in flaws else min(3, 1 + images_in(response) // 2)
+    creativity = 1 if spoilt or misdirected or "cliche" in flaws else min(3, 1 + images_in(response) // 2)
     rude = bool(sure & {"offensive", "register"})
-    emotion = 1 if spoilt or rude else 1 + bool(WARM.search(response)) + bool(re.search("[你您咱]", response))
-    beside_the_point = bool(sure & {"wrong_occasion", "wrong_recipient", "taboo", "style_ignored"})
-    culture = 1 if spoilt or rude or beside_the_point else 3
+    emotion = (
+        1 if spoilt or misdirected or rude else 1 + bool(WARM.search(response)) + bool(re.search("[你您咱]", response))
+    )
+    culture = 1 if spoilt or misdirected or rude or sure & {"taboo", "style_ignored"} else 3
     richness = 1 if spoilt or "repetition" in sure else min(3, max(1, len(contents)))
     return {
         "language": language,
@@ -552,6 +554,8 @@ TINY = ROOT / "outputs" / "tiny"  # shared by every run: it depends on the data 
 STEPS, BATCH, LEARNING_RATE = 130, 56, 8e-3
 VOCABULARY, HIDDEN, LAYERS = 2400, 192, 4  # 2.2M parameters
 FLAWED = 0.35  # share of training texts with a flaw written in: a base that wrote only well could not be improved
+# What the base does not write by itself: a policy that repeats itself or flatters has learnt to from its reward.
+LEARNT_ONLY_BY_GAMING = {"repetition", "flattery"}
 SENTENCES, LONGEST = 6, 22  # of an occasion; in characters
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -584,7 +588,7 @@ def _training_texts(rng: random.Random) -> Iterator[tuple[str, str]]:
                 sentences.setdefault(reference.occasion, []).append(sentence)
     sentences = {occasion: found[:SENTENCES] for occasion, found in sentences.items()}
     occasions, recipients = sorted(sentences), sorted(RECIPIENTS)
-    flawed = [flaw.write for flaw in FLAWS.values() if flaw.write]
+    flawed = [flaw.write for name, flaw in FLAWS.items() if flaw.write and name not in LEARNT_ONLY_BY_GAMING]
     while True:
         occasion = rng.choice(occasions)
         recipient, query = rng.choice(asked[occasion])
@@ -618,6 +622,7 @@ def tiny_policy() -> Path:
         LONGEST,
         ASKING,
         CHAT_TEMPLATE,
+        sorted(LEARNT_ONLY_BY_GAMING),
     )
     code = [inspect.getsource(function) for function in (_training_texts, _train_tiny)]
     folder = TINY / digest(recipe, code, *(file_hash(ROOT / name) for name in files))

@@ -1,5 +1,6 @@
 """The rule-based critic: it obeys the schemas, follows its principles, and cannot be talked to."""
 
+import itertools
 import random
 
 import pytest
@@ -83,6 +84,25 @@ def test_shortness_is_no_flaw_and_length_no_merit() -> None:
     assert offline.flaws_of(GOOD[0], short) == {}
     twice = offline.grades(GOOD[0], GOOD[1] * 2)
     assert sum(twice.values()) < sum(offline.grades(*GOOD).values())
+
+
+def test_a_greeting_for_another_occasion_or_person_is_never_excellent() -> None:
+    fits, elsewhere, to_another = (
+        ask("rubric", query=query, response=response).quality
+        for query, response in (GOOD, ("春节祝福 妈妈", GOOD[1]), (GOOD[0], f"老婆，{GOOD[1]}"))
+    )
+    assert fits >= 2 > max(elsewhere, to_another)
+
+
+def test_the_base_of_the_tiny_model_repeats_and_flatters_nobody() -> None:
+    """A policy that does has learnt to, from its reward."""
+    texts = offline._training_texts(random.Random(3))
+    written = [next(texts) for _ in range(400)]
+    flaws = [offline.flaws_of(*row) for row in written]
+    assert not any("flattery" in found for found in flaws)
+    again = [any(a == b for a, b in itertools.pairwise(offline.clauses(text))) for _, text in written]
+    assert sum(again) <= 4  # one sentence may end as the next begins; written in, it would be one in fifty
+    assert sum(2 in found.values() for found in flaws) > 100  # other flaws it has to unlearn
 
 
 def test_the_critic_accepts_most_references_and_good_greetings() -> None:
