@@ -58,7 +58,7 @@ from common.records import (
 # recited: it has seen nothing but the references.
 OFFLINE = {
     "bits": 16, "samples": 7, "temperature": [0.7], "max_tokens": 48, "batch_size_generate": 256, "max_copied": 1.0,
-    "engine": "hf",
+    "engine": "hf", "uses": 4,
 }  # fmt: skip
 ROLES = ["positive", "negative", "judge", "reflect"]
 INDEX = ROOT / "outputs" / "index"  # neighbours of queries, embeddings of references; shared by every run

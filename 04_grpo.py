@@ -58,8 +58,8 @@ from common.records import (
 
 OFFLINE = {
     "bits": 16, "sft_epochs": 5, "sft_learning_rate": 2e-3, "learning_rate": 1.5e-3, "samples": 8,
-    "queries_per_step": 18, "mini_batch": 18, "micro_batch": 144, "max_tokens": 48, "steps": 32, "kl": 0.02,
-    "save_every": 8, "watch_every": 8, "engine": "hf",
+    "queries_per_step": 16, "mini_batch": 8, "micro_batch": 64, "max_tokens": 48, "steps": 40, "kl": 0.05,
+    "save_every": 10, "watch_every": 10, "engine": "hf",
 }  # fmt: skip
 REWARDS = ("none", "rm", "judge", "both")
 PAUSES = (5.0, 30.0)  # seconds before the judge is asked again for a step in which over a fifth of the answers failed

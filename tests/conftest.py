@@ -47,8 +47,8 @@ def run(tmp_path_factory) -> Path:
         ("02_train_rm.py", "--epochs", 1, "--stress-size", 20),
         ("03_refine_judge.py", "--rounds", 3),
         ("04_grpo.py", "--reward", "none", "--sft-epochs", 1),
-        ("04_grpo.py", "--reward", "rm", "--steps", 2, "--queries", queries),
-        ("04_grpo.py", "--reward", "judge", "--steps", 2, "--queries", queries),
+        ("04_grpo.py", "--reward", "rm", "--steps", 4, "--queries", queries),
+        ("04_grpo.py", "--reward", "judge", "--steps", 4, "--queries", queries),
         ("05_evaluate.py", "--queries", heldout),
     ]
     for script, *flags in steps:

@@ -104,7 +104,7 @@ def test_a_second_call_finds_everything_done(run: Path) -> None:
     for script, *flags in (
         ("01_curate_preferences.py", "--queries", queries, "--samples", 6),
         ("03_refine_judge.py", "--rounds", 3),
-        ("04_grpo.py", "--reward", "judge", "--steps", 2, "--queries", queries),
+        ("04_grpo.py", "--reward", "judge", "--steps", 4, "--queries", queries),
         ("05_evaluate.py", "--queries", heldout),
     ):
         done = run_script(script, "--offline", "--run", run, *flags)
