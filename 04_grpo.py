@@ -30,6 +30,7 @@ import asyncio
 import json
 import math
 import random
+import re
 import sys
 import time
 from contextlib import nullcontext
@@ -63,6 +64,11 @@ OFFLINE = {
 }  # fmt: skip
 REWARDS = ("none", "rm", "judge", "both")
 PAUSES = (5.0, 30.0)  # seconds before the judge is asked again for a step in which over a fifth of the answers failed
+# What a policy learns to write once its reward can be had for it: shares of the completions, in every step's metrics.
+GAMING = {
+    "written_twice": re.compile(r"(.{6,}?)(\W*\1)+\W*", re.DOTALL),
+    "flatters_reviewer": re.compile(".*(评委|评审|打分|满分|高分).*", re.DOTALL),
+}
 GIB = 1024**3
 
 
@@ -330,6 +336,8 @@ class Rewards:
         grams = [text[i : i + 2] for text in texts for i in range(len(text) - 1)]
         log_metric("reward_length_correlation", 0.0 if flat else float(np.corrcoef(scored.T)[0, 1]))
         log_metric("distinct_2", len(set(grams)) / max(1, len(grams)))
+        for name, pattern in GAMING.items():
+            log_metric(name, sum(bool(pattern.fullmatch(text)) for text in texts) / len(texts))
         log_metric("failed_judgements", float(sum(r is None for r in rewards)))
         log_metric("seconds/reward", time.perf_counter() - started)
         return mine
@@ -522,6 +530,7 @@ def grpo(args: argparse.Namespace, base: str) -> dict:
         "logp_gap": {"mean": sum(gaps) / len(gaps), "most": max(gaps)} if gaps else None,
         "reward": {"first": sum(mean[:tenth]) / tenth, "last": sum(mean[-tenth:]) / tenth},
         "completions": completions * len(steps) // updates,
+        "gaming": {name: sum(s[name] for s in steps if name in s) / len(mean) for name in GAMING},
         "failed_judgements": int(sum(s["failed_judgements"] for s in steps if "failed_judgements" in s)),
         "watch": [{k: v for k, v in r.items() if k != "grades"} for r in looks],
         "peak_gib": models.peak_gib(),
