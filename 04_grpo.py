@@ -600,65 +600,6 @@ def merge(args: argparse.Namespace, base: str) -> None:
 
 # ---- the same on a cluster ------------------------------------------------------------------------------------------
 
-# verl takes a number for every completion. One that could not be judged gets the mean of its query's others: its
-# advantage is nothing then, and so is that of a query none of whose completions could be judged.
-VERL_REWARD = """# The reward of 04_grpo.py --reward {reward}, as verl's "batch" reward manager calls it.
-import argparse, asyncio, atexit, importlib, os, sys
-from pathlib import Path
-
-sys.path.insert(0, os.environ.get("GREETINGS", {root!r}))  # where this project lies on every node
-grpo = importlib.import_module("04_grpo")
-FLAGS = {flags!r}
-PATHS = {paths!r}
-LOOP, rewards = asyncio.new_event_loop(), None
-
-
-def compute_score(data_sources, solution_strs, ground_truths, extra_infos, **kwargs):
-    \"\"\"A dictionary a completion: score, and whether there was none. The ground truth of a row is its query.\"\"\"
-    global rewards
-    if rewards is None:
-        args = argparse.Namespace(**{{k: Path(v) if k in PATHS else v for k, v in FLAGS.items()}})
-        rewards = grpo.Rewards(args, {base!r})
-        if args.reward != "rm":
-            atexit.register(lambda: LOOP.run_until_complete(rewards.client.close()))
-    rows = [(query, text.strip()) for query, text in zip(ground_truths, solution_strs, strict=True)]
-    found = [reward for reward, _ in LOOP.run_until_complete(rewards.of(rows))]
-    heard = {{}}
-    for (query, _), reward in zip(rows, found):
-        heard.setdefault(query, []).extend([] if reward is None else [reward])
-    neutral = {{query: sum(some) / len(some) if some else 0.0 for query, some in heard.items()}}
-    return [{{"score": neutral[query] if reward is None else reward, "failed": float(reward is None)}}
-            for (query, _), reward in zip(rows, found)]
-"""
-VERL_LAUNCH = """#!/usr/bin/env bash
-# GRPO with verl 0.6 (Ray): full fine-tuning at the paper's settings, on one node of 4 GPUs by default.
-# MODEL is where it starts: `python 04_grpo.py --reward none --merge DIR` writes the SFT policy as one model.
-# GREETINGS is this project's folder on every node. The endpoint of a judge has to run already.
-set -euo pipefail
-cd "$(dirname "$0")"
-python3 -m verl.trainer.main_ppo \\
-  algorithm.adv_estimator=grpo algorithm.use_kl_in_reward=False \\
-  data.train_files="$PWD/train.parquet" data.val_files="$PWD/test.parquet" \\
-  data.train_batch_size={queries_per_step} data.max_prompt_length={most_prompt} data.max_response_length={max_tokens} \\
-  data.filter_overlong_prompts=True data.truncation=error data.seed={seed} \\
-  actor_rollout_ref.model.path="${{MODEL:-{base}}}" actor_rollout_ref.model.enable_gradient_checkpointing=True \\
-  actor_rollout_ref.actor.optim.lr="${{LEARNING_RATE:-3e-7}}" \\
-  actor_rollout_ref.actor.ppo_mini_batch_size={mini_batch} \\
-  actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu="${{MICRO_BATCH:-8}}" \\
-  actor_rollout_ref.actor.use_kl_loss=True actor_rollout_ref.actor.kl_loss_coef={kl} \\
-  actor_rollout_ref.actor.kl_loss_type=low_var_kl actor_rollout_ref.actor.entropy_coeff=0 \\
-  actor_rollout_ref.rollout.name=vllm actor_rollout_ref.rollout.n={samples} \\
-  actor_rollout_ref.rollout.temperature={temperature} actor_rollout_ref.rollout.tensor_model_parallel_size=1 \\
-  actor_rollout_ref.rollout.gpu_memory_utilization="${{ROLLOUT_SHARE:-0.4}}" \\
-  actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu="${{MICRO_BATCH:-8}}" \\
-  actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu="${{MICRO_BATCH:-8}}" \\
-  reward_model.enable=False reward_model.reward_manager=batch \\
-  custom_reward_function.path="$PWD/reward.py" custom_reward_function.name=compute_score \\
-  trainer.total_epochs={epochs:g} trainer.nnodes="${{NODES:-1}}" trainer.n_gpus_per_node="${{GPUS:-4}}" \\
-  trainer.project_name=greetings trainer.experiment_name=grpo_{reward} trainer.default_local_dir="$PWD/checkpoints" \\
-  trainer.logger='["console"]' trainer.save_freq=50 trainer.test_freq=50 trainer.val_before_train=False "$@"
-"""
-
 
 def export_verl(args: argparse.Namespace, base: str) -> None:
     """Write train.parquet, test.parquet, reward.py and run.sh for verl; the columns are the authors'."""
@@ -686,8 +627,9 @@ def export_verl(args: argparse.Namespace, base: str) -> None:
     paths = [k for k, v in moved.items() if isinstance(v, Path)]
     known = vars(args) | {"base": base, "root": str(ROOT), "flags": flags, "paths": paths}
     known |= {"most_prompt": models.MOST_PROMPT}
-    replace_file(folder / "reward.py", VERL_REWARD.format(**known))
-    replace_file(folder / "run.sh", VERL_LAUNCH.format(**known))
+    for name in ("reward.py", "run.sh"):
+        template = (ROOT / "templates" / f"verl_{name}.txt").read_text(encoding="utf-8")
+        replace_file(folder / name, template.format(**known))
     print(f"04: start it with: bash {folder / 'run.sh'}")
 
 
