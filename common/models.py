@@ -20,6 +20,7 @@ DEFAULT_POLICY = "Qwen/Qwen2.5-7B-Instruct"
 LORA_TARGETS = "all-linear"
 DEQUANTISED = ROOT / "outputs" / "dequantised"  # rollout bases, shared by every run
 MOST_PROMPT = 256  # tokens of a policy's prompt
+USUAL = 512  # characters of a conversation up to which a full batch of them is scored at once
 TRL_VERSION = "1.16.0"  # whose VLLMGeneration `adapter_sync` was written against
 
 
@@ -552,10 +553,12 @@ class RewardModel:
         import torch
 
         texts = [self.tokenizer.apply_chat_template(c, tokenize=False) for c in conversations]
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         scores = [0.0] * len(texts)
-        for start in range(0, len(order), batch_size):
-            chunk = order[start : start + batch_size]
+        while order:
+            # As many as `batch_size` of usual length: a batch of that many of the longest would not fit.
+            size = max(1, min(batch_size, batch_size * USUAL // len(texts[order[0]])))
+            chunk, order = order[:size], order[size:]
             batch = self.tokenizer(
                 [texts[i] for i in chunk], return_tensors="pt", padding=True, add_special_tokens=False
             )
