@@ -554,7 +554,7 @@ TINY = ROOT / "outputs" / "tiny"  # shared by every run: it depends on the data 
 STEPS, BATCH, LEARNING_RATE = 130, 56, 8e-3
 VOCABULARY, HIDDEN, LAYERS = 2400, 192, 4  # 2.2M parameters
 FLAWED = 0.35  # share of training texts with a flaw written in: a base that wrote only well could not be improved
-# What the base does not write by itself: a policy that repeats itself or flatters has learnt to from its reward.
+# What is not written in: a policy that does more of it than the base, which loops now and then, has learnt to.
 LEARNT_ONLY_BY_GAMING = {"repetition", "flattery"}
 SENTENCES, LONGEST = 6, 22  # of an occasion; in characters
 CHAT_TEMPLATE = (

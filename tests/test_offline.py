@@ -101,7 +101,7 @@ def test_the_base_of_the_tiny_model_repeats_and_flatters_nobody() -> None:
     flaws = [offline.flaws_of(*row) for row in written]
     assert not any("flattery" in found for found in flaws)
     again = [any(a == b for a, b in itertools.pairwise(offline.clauses(text))) for _, text in written]
-    assert sum(again) <= 4  # one sentence may end as the next begins; written in, it would be one in fifty
+    assert sum(again) <= 4  # one sentence may end as the next begins
     assert sum(2 in found.values() for found in flaws) > 100  # other flaws it has to unlearn
 
 
