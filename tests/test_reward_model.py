@@ -39,7 +39,7 @@ def trained(pairs: list[Preference], tmp_path_factory) -> Path:
     """The folder of a short run on these pairs."""
     run = tmp_path_factory.mktemp("rm")
     write(run / "preferences.jsonl", pairs)
-    done = run_script(SCRIPT, "--offline", "--run", run, "--checks", 4, "--stress-size", 20)
+    done = run_script(SCRIPT, "--offline", "--run", run, "--epochs", 3, "--checks", 4, "--stress-size", 20)
     assert done.returncode == 0, done.stderr
     return run
 
