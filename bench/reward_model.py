@@ -46,7 +46,7 @@ def figures(summary: dict) -> dict[str, float]:
     runtime, tokens = log[-1]["train_runtime"], max(entry.get("num_tokens", 0) for entry in log)
     seen = log[-1]["step"] * settings["batch_size"] * settings["accumulation"]
     found = {name: rate["value"] for name, rate in summary["eval"].items()}
-    found["|correlation of score and length|, chosen texts"] = abs(summary["length_correlation"])
+    found["correlation of score and length, without its sign"] = abs(summary["length_correlation"])
     found["the same, of their ranks"] = abs(summary["length_rank_correlation"])
     return found | dict(zip(SPEED, (1000 * runtime / seen, tokens / runtime), strict=True))
 
