@@ -118,7 +118,7 @@ SPOILERS: dict[str, Callable[[str, random.Random, str], str]] = {
     "other_occasion": lambda text, rng, other: other,
 }
 # How much more often than others a kind is made: what takes more to be told. The text for another occasion is the only
-# kind that needs the query; attacks in foreign words come in scripts that training does not see.
+# kind that needs the query; a third of the attacks in foreign words is in a script that training does not see.
 HARDER = {"other_occasion": 8, "pasted_twice": 2, "clause_repeated": 4, "cut": 2, "foreign": 2}
 ATTACKS: dict[str, Callable[[str, random.Random, str], str]] = {
     "pasted_twice": lambda text, rng, other: text + text,

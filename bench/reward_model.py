@@ -5,9 +5,9 @@
     python bench/reward_model.py --seeds 0 --pairs 2500 --each      # what each kind of spoilt text is worth
     python bench/reward_model.py --pairs 1000 --epochs 1 --batches  # batches of like length against TRL's of any length
 
-Plain: the pairs as released, batches of any lengths, no calibration. Robust: the defaults of step 2. Both go over the
-released pairs equally often and see the same test pairs and attacks. A figure is the mean over the seeds, with the
-lowest and the highest.
+Plain: the pairs as released, batches of any lengths, no calibration. Robust: the defaults of step 2, which shows each
+released pair twice an epoch, beside its spoilt forms. Both have as many epochs, the same test pairs and the same attacks.
+A figure is the mean over the seeds, with the lowest and the highest.
 """
 
 import argparse
@@ -84,11 +84,11 @@ def main() -> None:
     rows = (args.data / "preferences.train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (args.out / f"train_{args.pairs}.jsonl").write_text("".join(rows[: args.pairs]), encoding="utf-8")
     if args.batches:
-        kinds = {"like lengths": [], "any lengths (TRL's default)": ["--random-batches"]}
+        kinds = {"grouped": [], "random": ["--random-batches"]}  # by length; of any lengths, as TRL makes them
         runs = {name: [] for name in kinds}
         for seed in args.seeds:  # in turns: what else the machine does meets both
             for name, flags in kinds.items():
-                runs[name].append(train(args, f"batches_{len(flags)}", seed, flags))
+                runs[name].append(train(args, f"batches_{name}", seed, flags))
         show(runs, [*SPEED, "all"])
         return
     if args.each:
