@@ -6,7 +6,7 @@
     python bench/reward_model.py --pairs 1000 --epochs 1 --batches  # batches of like length against TRL's of any length
 
 Plain: the pairs as released, batches of any lengths, no calibration. Robust: the defaults of step 2, which shows each
-released pair twice an epoch, beside its spoilt forms. Both have as many epochs, the same test pairs and the same attacks.
+released pair twice an epoch, beside its spoilt forms. Epochs, test pairs and attacks are the same.
 A figure is the mean over the seeds, with the lowest and the highest.
 """
 
