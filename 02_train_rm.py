@@ -52,7 +52,7 @@ from common.records import (
 )
 
 OFFLINE = {
-    "bits": 16, "epochs": 1, "learning_rate": 1e-3, "batch_size": 32, "accumulation": 1, "max_length": 256,
+    "bits": 16, "epochs": 1, "learning_rate": 7e-4, "batch_size": 16, "accumulation": 1, "max_length": 256,
     "checks": 4, "derived": 4,
 }  # fmt: skip
 NEAR = 0.95  # cosine of character 2-3-gram TF-IDF vectors from which two texts count as one
