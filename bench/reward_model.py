@@ -25,14 +25,18 @@ GROUPS = [
     ["other_occasion", "pasted_twice", "flattery", "characters_shuffled"],
     ["clause_repeated", "instruction", "cut"],
     ["clauses_shuffled", "padded", "bare"],
-    ["foreign"],
+    ["foreign", "other_recipient"],
 ]
 SPEED = {"seconds for 1,000 pairs seen": "{:.1f}", "tokens a second": "{:.0f}"}
 
 
+def run_name(args: argparse.Namespace, name: str, seed: int) -> str:
+    return f"{name}_{args.pairs}_{args.epochs:g}_{seed}"
+
+
 def train(args: argparse.Namespace, name: str, seed: int, flags: list[str]) -> dict:
     """The summary of step 2, run with these flags unless it was run already."""
-    folder = args.out / f"{name}_{args.pairs}_{args.epochs:g}_{seed}"
+    folder = args.out / run_name(args, name, seed)
     command = [sys.executable, "02_train_rm.py", "--offline", "--run", str(folder), "--seed", str(seed), *flags]
     command += ["--epochs", str(args.epochs), "--preferences", str(args.out / f"train_{args.pairs}.jsonl")]
     command += ["--eval-preferences", str(args.data / "preferences.test.jsonl"), "--allow-leak"]
@@ -52,6 +56,31 @@ def figures(summary: dict) -> dict[str, float]:
     return found | dict(zip(SPEED, (1000 * runtime / seen, tokens / runtime), strict=True))
 
 
+def uncalibrated(args: argparse.Namespace, seed: int, summary: dict) -> dict:
+    """The summary of a robust run as it would be had calibration not taken the slope over length off its scores."""
+    from scipy.stats import pearsonr, spearmanr
+
+    folder = args.out / run_name(args, "robust", seed)
+    found = json.loads((folder / "rm/calibration.json").read_text())
+    line = found["length"]
+
+    def raw(score: float, text: str) -> float:
+        return score * found["std"] + line["slope"] * min(max(len(text), line["shortest"]), line["longest"])
+
+    rows = [json.loads(row) for row in (folder / "rm_eval.jsonl").read_text(encoding="utf-8").splitlines()]
+    gaps = [len(row["chosen"]) - len(row["rejected"]) for row in rows]
+    good, bad = ([raw(row[f"{side}_score"], row[side]) for row in rows] for side in ("chosen", "rejected"))
+    wins = [g > b for g, b in zip(good, bad, strict=True)]
+    kept = {"all": lambda gap: True, "within_5": lambda gap: abs(gap) <= 5, "within_10": lambda gap: abs(gap) <= 10,
+            "shorter_chosen": lambda gap: gap < 0}  # fmt: skip
+    rates = {name: [win for win, gap in zip(wins, gaps, strict=True) if keep(gap)] for name, keep in kept.items()}
+    lengths = [len(row["chosen"]) for row in rows]
+    return summary | {
+        "eval": {name: summary["eval"][name] | {"value": statistics.mean(some)} for name, some in rates.items()},
+        "length_correlation": pearsonr(good, lengths)[0], "length_rank_correlation": spearmanr(good, lengths)[0],
+    }  # fmt: skip
+
+
 def cell(runs: list[dict], name: str) -> str:
     """A figure's mean over the seeds, its lowest and its highest, as text; of one seed, a rate and its 95% interval."""
     values, rate = [figures(run)[name] for run in runs], runs[0]["eval"].get(name)
@@ -65,10 +94,13 @@ def show(columns: dict[str, list[dict]], names: list[str]) -> None:
     first = next(iter(columns.values()))
     rates = first[0]["eval"]
     print(f"\n{len(first)} seeds, {first[0]['train_pairs']} training pairs, {first[0]['test_pairs']} test pairs")
-    print(f"\n| figure | {' | '.join(columns)} | n |\n|---|{'---|' * len(columns)}---|")
+    print(f"\n| figure | {' | '.join(columns)} | longer | n-grams | n |\n|---|{'---|' * len(columns)}---|---|---|")
     for name in names:
-        cells = " | ".join(cell(runs, name) for runs in columns.values())
-        print(f"| {name} | {cells} | {rates.get(name, {}).get('n', '')} |")
+        cells = [cell(runs, name) for runs in columns.values()]
+        for rule in ("longer", "ngram"):
+            null = [run["eval"][name]["null"][rule]["value"] for run in first] if name in rates else []
+            cells.append(f"{statistics.mean(null):.1%}" if null else "")
+        print(f"| {name} | {' | '.join(cells)} | {rates.get(name, {}).get('n', '')} |")
 
 
 def main() -> None:
@@ -101,8 +133,9 @@ def main() -> None:
         return
     runs = {kind: [train(args, kind, seed, flags) for seed in args.seeds] for kind, flags in KINDS.items()}
     show(runs, list(figures(runs["robust"][0])))
-    for name, rate in runs["robust"][0]["baselines"].items():
-        print(f"| null: {name} | {rate['value'] or 0:.1%} | | {rate['n']} |")
+    print("\nThe control of length alone, on the same robust models:")
+    plainly = [uncalibrated(args, seed, run) for seed, run in zip(args.seeds, runs["robust"], strict=True)]
+    show({"calibrated": runs["robust"], "not calibrated": plainly}, list(figures(plainly[0]))[:-2])
 
 
 if __name__ == "__main__":

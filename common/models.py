@@ -525,22 +525,46 @@ def adapter_sync(base: str, bits: int, rank: int, run: Path, server: str | None)
     return stack
 
 
-class RewardModel:
-    """A trained reward model: scores of (query, response), standardised and freed of length by calibration.json."""
+def _in_fp32(head) -> None:
+    """Have a head compute in fp32, under autocast too: in bf16 a score near 10 moves in steps of 0.06."""
+    import torch
 
-    def __init__(self, folder: Path, base: str, bits: int, prompts: Path):
+    linear = head.float().forward
+
+    def forward(hidden):
+        with torch.autocast(hidden.device.type, enabled=False):
+            return linear(hidden.float())
+
+    head.forward = forward
+
+
+class RewardModel:
+    """A trained reward model: scores of (query, response), standardised and freed of length by calibration.json.
+
+    In 16 bits on a CPU a score depends on nothing but its text (1e-6). In bf16, as on a GPU and in 4 bits, the other
+    texts of a batch move it by up to 0.015 standard deviations: sums are rounded in another order.
+    """
+
+    def __init__(self, folder: Path, base: str, bits: int, prompts: Path, calibrating: bool = False):
         from peft import PeftModel
         from transformers import AutoModelForSequenceClassification
 
         check_adapter(folder, base)
+        path = folder / "calibration.json"
+        self.calibration = {"mean": 0.0, "std": 1.0, "length": {"slope": 0.0, "shortest": 0, "longest": 0}}
+        if not calibrating:
+            if not path.is_file():
+                fail(f"{folder} holds no calibration.json: its training did not end; run 02_train_rm.py again")
+            self.calibration = json.loads(path.read_text())
+            if self.calibration["bits"] != bits:
+                fail(f"{folder} was trained with --bits {self.calibration['bits']}, not {bits}: its scores would be "
+                     "others; pass the same, or train it again")  # fmt: skip
         self.prompts, self.tokenizer = prompts, load_tokenizer(base)
         self.tokenizer.padding_side = "right"
         model = load_base(AutoModelForSequenceClassification, base, bits, num_labels=1)
         model.config.pad_token_id = self.tokenizer.pad_token_id
         self.model = PeftModel.from_pretrained(model, folder).eval()
-        path = folder / "calibration.json"  # not there while step 2 makes it
-        nothing = {"mean": 0.0, "std": 1.0, "length": {"slope": 0.0, "shortest": 0, "longest": 0}}
-        self.calibration = json.loads(path.read_text()) if path.is_file() else nothing
+        _in_fp32(self.model.base_model.model.score.modules_to_save["default"])
 
     def score(self, rows: list[tuple[str, str]], batch_size: int = 64) -> list[float]:
         """A score a (query, response) row, in standard deviations from the mean of the calibration responses."""
@@ -562,7 +586,7 @@ class RewardModel:
             batch = self.tokenizer(
                 [texts[i] for i in chunk], return_tensors="pt", padding=True, add_special_tokens=False
             )
-            half = self.model.dtype == torch.bfloat16  # the head is in fp32, as it was trained
+            half = self.model.dtype == torch.bfloat16  # adapter and head are in fp32
             with torch.inference_mode(), torch.autocast(self.model.device.type, torch.bfloat16, enabled=half):
                 logits = self.model(**batch.to(self.model.device)).logits[:, 0].float().tolist()
             for i, logit in zip(chunk, logits, strict=True):
@@ -639,7 +663,8 @@ class NgramClassifier:
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline
 
-        vectors = TfidfVectorizer(analyzer="char", ngram_range=(1, 2), sublinear_tf=True, min_df=2)
+        least = 2 if len(texts) > 20 else 1  # a handful of texts may share no n-gram
+        vectors = TfidfVectorizer(analyzer="char", ngram_range=(1, 2), sublinear_tf=True, min_df=least)
         self.pipeline = make_pipeline(vectors, LogisticRegression(C=10.0, max_iter=1000, random_state=seed))
         self.pipeline.fit(texts, labels)
 

@@ -23,9 +23,9 @@ from typing import Literal, NoReturn, TypeVar
 import jsonlines
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
 ROOT = Path(__file__).resolve().parent.parent
-Messages = list[dict[str, str]]  # TRL's conversational form: [{"role": ..., "content": ...}]
 
 
 def fail(message: str) -> NoReturn:
@@ -110,6 +110,14 @@ class Judgement(Candidate):
     output_tokens: int = 0
 
 
+class Message(TypedDict):
+    role: str
+    content: str
+
+
+Messages = list[Message]  # TRL's conversational form
+
+
 def two_sided(chosen: str, rejected: str) -> bool:
     """Whether a pair has two sides: two texts, and not the same."""
     return bool(chosen.strip() and rejected.strip() and chosen.strip() != rejected.strip())
@@ -127,7 +135,7 @@ class Preference(Record):
 
     @model_validator(mode="after")
     def _two_sides(self):
-        chosen, rejected = (side[-1].get("content", "") for side in (self.chosen, self.rejected))
+        chosen, rejected = (side[-1]["content"] for side in (self.chosen, self.rejected))
         if not two_sided(chosen, rejected):
             same = chosen.strip() == rejected.strip()
             what = "chosen and rejected are the same text" if same else "one side is empty"
@@ -175,6 +183,7 @@ def stream(path: Path | str, kind: type[R], made_by: str = "", unique: bool = Tr
     if not path.is_file():
         fail(f"{path} does not exist{remedy}")
     first_line: dict[str, int] = {}
+    empty = True
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -193,9 +202,11 @@ def stream(path: Path | str, kind: type[R], made_by: str = "", unique: bool = Tr
                 fail(f"{path}:{number}: {field}: {message}; a {kind.__name__.lower()} needs {wanted}")
             if unique and record.id in first_line:
                 fail(f"{path}:{number}: same id as line {first_line[record.id]} ({record.id}); delete one of the two")
-            first_line[record.id] = number
+            if unique:
+                first_line[record.id] = number
+            empty = False
             yield record
-    if not first_line:
+    if empty:
         fail(f"{path} is empty{remedy}")
 
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,7 +40,7 @@ def trained(pairs: list[Preference], tmp_path_factory) -> Path:
     """The folder of a short run on these pairs."""
     run = tmp_path_factory.mktemp("rm")
     write(run / "preferences.jsonl", pairs)
-    done = run_script(SCRIPT, "--offline", "--run", run, "--epochs", 3, "--checks", 4, "--stress-size", 20)
+    done = run_script(SCRIPT, "--offline", "--run", run, "--epochs", 2, "--checks", 4, "--stress-size", 20)
     assert done.returncode == 0, done.stderr
     return run
 
@@ -51,7 +52,8 @@ def test_every_kind_of_spoilt_text_is_worse_in_words_that_training_does_not_see(
         seen = {rm.SPOILERS[name](p.texts[1], rng, "别人的祝福。").strip() for p in pairs for _ in range(5)}
         texts = {p.texts[1] for p in pairs}
         assert not seen & texts or name in ("clauses_shuffled", "characters_shuffled"), name
-        if name not in ("other_occasion", "clauses_shuffled"):  # other greetings, few clauses: nothing to word anew
+        # Other greetings cannot be worded anew, and of few clauses any order may come up.
+        if name not in ("other_occasion", "other_recipient", "clauses_shuffled"):
             attacks = {rm.ATTACKS[name](p.texts[1], rng, "别人的祝福。").strip() for p in pairs} - texts
             assert len(attacks & seen) <= 0.05 * len(attacks), name
 
@@ -60,7 +62,32 @@ def test_another_occasion_is_another_occasion() -> None:
     rows = {"给妈妈的母亲节祝福": "妈妈，节日快乐，汤在锅里。", "中秋发给客户": "月圆人安，改日登门。"}
     some = [pair(query, text, "好") for query, text in (rows | {"随便写一句": "今天也要好好吃饭。"}).items()]
     others, rng = rm.Others(some), random.Random(0)
-    assert [others(p, rng) for p in some] == ["月圆人安，改日登门。", "妈妈，节日快乐，汤在锅里。", ""]
+    assert [others("other_occasion", p, rng) for p in some] == [
+        "月圆人安，改日登门。",
+        "妈妈，节日快乐，汤在锅里。",
+        "",
+    ]
+    assert others("cut", some[0], rng) == ""
+    kindred = [pair("元旦祝福", "新岁安康，今晚早点睡。", "好"), pair("春节祝福", "过年好，饺子管够。", "好")]
+    assert [rm.Others(kindred)("other_occasion", p, rng) for p in kindred] == ["", ""]  # might do for both
+
+
+def test_another_person_is_another_person_on_the_same_occasion() -> None:
+    rows = {
+        "妈妈生日祝福": "妈，生日快乐，面在锅里。", "祝老师生日快乐": "老师，生日快乐，您歇一天。",
+        "生日祝福": "生日快乐，吃好喝好。", "春节给领导拜年": "领导，过年好，给您拜年。",
+    }  # fmt: skip
+    some = [pair(query, text, "好") for query, text in rows.items()]
+    others, rng = rm.Others(some), random.Random(0)
+    assert [others("other_recipient", p, rng) for p in some] == [rows["祝老师生日快乐"], rows["妈妈生日祝福"], "", ""]
+
+
+def test_every_kind_is_made_unless_it_is_left_out(pairs: list[Preference]) -> None:
+    made = {p.why for p in rm.derived_pairs(Namespace(seed=0, derived=4, without=[]), pairs)}
+    assert made == {f"derived: {kind}" for kind in rm.SPOILERS}
+    less = rm.derived_pairs(Namespace(seed=0, derived=4, without=["cut", "bare"]), pairs)
+    assert made - {p.why for p in less} == {"derived: cut", "derived: bare"} and len(less) > 2 * len(pairs)
+    assert not rm.derived_pairs(Namespace(seed=0, derived=0, without=[]), pairs)
 
 
 def test_no_query_and_no_text_is_on_both_sides_of_the_split(tmp_path: Path, pairs: list[Preference]) -> None:
@@ -69,13 +96,13 @@ def test_no_query_and_no_text_is_on_both_sides_of_the_split(tmp_path: Path, pair
     args = Namespace(
         preferences=tmp_path / "preferences.jsonl", eval_preferences=None, eval_share=0.2, seed=0, run=tmp_path
     )
-    train, stop, test, found = rm.split(args)
+    train, stop, test, found, _ = rm.split(args)
     assert not {p.texts[0] for p in train + stop} & {p.texts[0] for p in test}
     assert not {t for p in train + stop for t in p.texts[1:]} & {t for p in test for t in p.texts[1:]}
     assert not {p.texts[0] for p in train} & {p.texts[0] for p in stop}
     assert found["training_pairs_left_out"] == 260 - len(train) - len(stop) - len(test) > 5
     write(tmp_path / "preferences.jsonl", (pairs + twice)[::-1])
-    assert {p.id for p in rm.split(args)[2]} == {p.id for p in test}  # whatever the order of the file
+    assert {p.id for p in rm.split(args).test} == {p.id for p in test}  # whatever the order of the file
 
 
 @pytest.mark.parametrize(
@@ -113,37 +140,29 @@ def test_a_pair_that_teaches_nothing_is_named(tmp_path: Path, pairs, chosen: str
 
 def test_it_learns_and_says_so_in_its_card(trained: Path) -> None:
     summary = json.loads((trained / "02_summary.json").read_text())
-    assert summary["eval"]["all"]["value"] > 0.8
+    assert summary["eval"]["all"]["value"] > 0.8 and summary["derived_pairs"] > 2 * summary["train_pairs"]
     assert {f"attack: {name}" for name in rm.ATTACKS} <= summary["eval"].keys()
     assert summary["baselines"]["longer"]["value"] == 1.0  # as the pairs were made
+    null = {name: r["null"]["longer"]["value"] for name, r in summary["eval"].items() if r["n"]}
+    assert (null["all"], null["attack: cut"], null["attack: pasted_twice"], null["attack: bare"]) == (1, 1, 0, 1)
     card = (trained / "rm/README.md").read_text(encoding="utf-8")
-    assert all(f"| {name} |" in card for name in summary["eval"]) and "null: longer" in card
-    assert (trained / "rm/training.svg").read_text(encoding="utf-8").count("<path") > 10
+    assert all(f"| {name} |" in card for name in summary["eval"]) and "null: the longer text wins" in card
+    assert (trained / "rm/training.svg").read_text(encoding="utf-8").count("held out") == 2
     losses = [log["eval_loss"] for log in summary["log"] if "eval_loss" in log]
     assert len(losses) >= 3 and min(losses) < losses[0]
 
 
-def test_others_load_it_without_this_project(trained: Path) -> None:
-    """What the card says: PEFT, transformers, and the figures of calibration.json."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+def card_code(card: str, folder: Path) -> str:
+    """The card's example, made to load the rm/ of a folder."""
+    return card.split("```python\n")[1].split("```")[0].replace('"rm', f'"{folder}/rm')
 
-    name = json.loads((trained / "rm/adapter_config.json").read_text())["base_model_name_or_path"]
-    model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1)
-    model = PeftModel.from_pretrained(model, trained / "rm").eval()
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    figures = json.loads((trained / "rm/calibration.json").read_text())
-    rows = lines(trained / "rm_eval.jsonl")[:20]
-    for row in rows:
-        chat = [{"role": "user", "content": row["query"]}, {"role": "assistant", "content": row["chosen"]}]
-        ids = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False), return_tensors="pt")
-        with torch.inference_mode():
-            head = model(**ids).logits.item()
-        line = figures["length"]
-        length = min(max(len(row["chosen"]), line["shortest"]), line["longest"])
-        score = (head - line["slope"] * length - figures["mean"]) / figures["std"]
-        assert score == pytest.approx(row["chosen_score"], abs=1e-3)
+
+def test_others_load_it_without_this_project(trained: Path) -> None:
+    """By the code of its card: PEFT, transformers, and the figures of calibration.json."""
+    names: dict = {}
+    exec(card_code((trained / "rm/README.md").read_text(encoding="utf-8"), trained), names)
+    for row in lines(trained / "rm_eval.jsonl")[:20]:
+        assert names["score"](row["query"], row["chosen"]) == pytest.approx(row["chosen_score"], abs=1e-3)
 
 
 def test_the_calibration_takes_the_slope_off_and_invites_no_extremes(trained: Path) -> None:
@@ -168,7 +187,7 @@ def test_the_calibration_leaves_the_correlation_that_it_is_told_to(
     heads = {p.texts[1]: len(p.texts[1]) * 0.05 + rng.normal() for p in some}
 
     class Biased(models.RewardModel):
-        def __init__(self, folder: Path, *_: object):
+        def __init__(self, folder: Path, *_: object, **__: object):
             path = folder / "calibration.json"
             nothing = {"mean": 0.0, "std": 1.0, "length": {"slope": 0.0, "shortest": 0, "longest": 0}}
             self.calibration = json.loads(path.read_text()) if path.is_file() else nothing
@@ -187,14 +206,15 @@ def test_the_calibration_leaves_the_correlation_that_it_is_told_to(
 
 
 def test_scores_of_a_file_keep_its_order_and_its_keys(trained: Path, tmp_path: Path) -> None:
-    rows = [{"query": "教师节", "response": f"老师，{'平安，' * (n % 5)}今日有花。", "mine": n} for n in range(70)]
+    rows = [{"mine": n, "query": "教师节", "response": f"老师，{'平安，' * (n % 5)}今日有花。 "} for n in range(70)]
     write(tmp_path / "some.jsonl", rows)
     done = run_script(
         SCRIPT, "--offline", "--run", trained, "--score", tmp_path / "some.jsonl", "--batch-size-generate", 16
     )
     assert done.returncode == 0, done.stderr
     scored = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [{k: row[k] for k in ("query", "response", "mine")} for row in scored] == rows
+    assert [{k: v for k, v in row.items() if k != "score"} for row in scored] == rows
+    assert [list(row) for row in scored] == [[*row, "score"] for row in rows]
     same = {row["response"]: row["score"] for row in scored}
     assert all(row["score"] == pytest.approx(same[row["response"]], abs=1e-3) for row in scored)
 
@@ -226,16 +246,96 @@ def test_a_loss_that_is_not_finite_stops_with_one_line(trained: Path, tmp_path: 
     assert not (tmp_path / "rm").exists()
 
 
+def test_a_loss_that_turns_bad_on_the_way_keeps_the_last_good_checkpoint(
+    trained: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    import trl
+    from safetensors.torch import load_file
+
+    loss_of = trl.RewardTrainer.compute_loss
+
+    def bad_from_the_eleventh_step(trainer, *inputs, **options):
+        loss = loss_of(trainer, *inputs, **options)
+        return loss * float("nan") if trainer.model.training and trainer.state.global_step >= 10 else loss
+
+    monkeypatch.setattr(trl.RewardTrainer, "compute_loss", bad_from_the_eleventh_step)
+    (tmp_path / "preferences.jsonl").write_bytes((trained / "preferences.jsonl").read_bytes())
+    flags = ["--offline", "--run", str(tmp_path), "--derived", "1", "--checks", "6"]
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *flags])
+    with pytest.raises(SystemExit) as stopped:
+        rm.main(rm.parse_args())
+    assert stopped.value.code == 2 and "not finite at step 10" in capsys.readouterr().err
+    saved = sorted((tmp_path / "rm_checkpoints").glob("checkpoint-*/adapter_model.safetensors"))
+    assert saved and all(weights.isfinite().all() for path in saved for weights in load_file(path).values())
+
+
+def test_it_stops_when_held_out_pairs_no_longer_gain(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "preferences.jsonl").write_bytes((trained / "preferences.jsonl").read_bytes())
+    flags = ["--learning-rate", 0, "--patience", 1, "--checks", 8, "--derived", 1, "--stress-size", 5]
+    done = run_script(SCRIPT, "--offline", "--run", tmp_path, *flags)
+    assert done.returncode == 0, done.stderr
+    log = json.loads((tmp_path / "02_summary.json").read_text())["log"]
+    assert len([entry for entry in log if "eval_loss" in entry]) == 2  # of eight
+
+
 def test_pairs_that_are_all_too_long_are_refused(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "preferences.jsonl").write_bytes((trained / "preferences.jsonl").read_bytes())
     done = run_script(SCRIPT, "--offline", "--run", tmp_path, "--max-length", 5)
     assert done.returncode == 2 and "--max-length" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_four_bits_on_a_cpu_learn_too(trained: Path, tmp_path: Path) -> None:
-    (tmp_path / "preferences.jsonl").write_bytes((trained / "preferences.jsonl").read_bytes())
-    flags = ["--bits", 4, "--derived", 0, "--checks", 1, "--stress-size", 10]
-    done = run_script(SCRIPT, "--offline", "--run", tmp_path, *flags)
+@pytest.fixture(scope="module")
+def plain(trained: Path, tmp_path_factory) -> Path:
+    """The folder of a plain run in four bits on the same pairs: the longer text wins each of them."""
+    run = tmp_path_factory.mktemp("plain")
+    (run / "preferences.jsonl").write_bytes((trained / "preferences.jsonl").read_bytes())
+    flags = ["--bits", 4, "--derived", 0, "--length-tolerance", 1, "--checks", 1, "--epochs", 3, "--stress-size", 20]
+    done = run_script(SCRIPT, "--offline", "--run", run, *flags)
     assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "02_summary.json").read_text())
-    assert summary["settings"]["bits"] == 4 and summary["eval"]["all"]["value"] > 0.6
+    return run
+
+
+def test_four_bits_on_a_cpu_learn_too(plain: Path) -> None:
+    summary = json.loads((plain / "02_summary.json").read_text())
+    assert json.loads((plain / "rm/calibration.json").read_text())["bits"] == 4
+    assert summary["eval"]["all"]["value"] > 0.6
+
+
+def test_the_robust_model_withstands_what_the_plain_one_falls_for(trained: Path, plain: Path) -> None:
+    robust, bought = (json.loads((run / "02_summary.json").read_text())["eval"] for run in (trained, plain))
+    for name in ("pasted_twice", "flattery", "instruction"):
+        assert robust[f"attack: {name}"]["value"] > bought[f"attack: {name}"]["value"] + 0.2, name
+
+
+def test_scores_in_four_bits_hardly_depend_on_the_batch(plain: Path) -> None:
+    import torch
+    from bitsandbytes.nn import Linear4bit
+
+    card = (plain / "rm/README.md").read_text(encoding="utf-8")
+    base = json.loads((plain / "rm/adapter_config.json").read_text())["base_model_name_or_path"]
+    model = models.RewardModel(plain / "rm", base, 4, ROOT / "prompts")
+    assert any(isinstance(module, Linear4bit) for module in model.model.modules())
+    assert model.model.base_model.model.score.modules_to_save["default"].weight.dtype == torch.float32
+    rows = lines(plain / "rm_eval.jsonl")[:20]
+    chats = [[{"role": "user", "content": r["query"]}, {"role": "assistant", "content": r["chosen"]}] for r in rows]
+    together, alone = model.score_conversations(chats), model.score_conversations(chats, batch_size=1)
+    assert together == pytest.approx(alone, abs=0.05)
+    assert model.score_conversations(chats) == pytest.approx(together, abs=1e-3)
+    names: dict = {}
+    exec(card_code(card, plain), names)
+    assert [names["score"](r["query"], r["chosen"]) for r in rows[:5]] == pytest.approx(alone[:5], abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda folder: (folder / "calibration.json").unlink(), "run 02_train_rm.py again"),
+        (lambda folder: None, "was trained with --bits 4, not 16"),
+    ],
+)
+def test_a_reward_model_that_is_not_whole_or_of_other_bits_is_refused(plain: Path, tmp_path: Path, spoil, told) -> None:
+    shutil.copytree(plain / "rm", tmp_path / "rm")
+    spoil(tmp_path / "rm")
+    write(tmp_path / "some.jsonl", [{"query": "教师节", "response": "老师好。"}])
+    done = run_script(SCRIPT, "--offline", "--run", tmp_path, "--score", tmp_path / "some.jsonl")
+    assert done.returncode == 2 and told in done.stderr and done.stderr.count("\n") == 1
