@@ -134,7 +134,7 @@ SPOILERS: dict[str, Callable[[str, random.Random, str], str]] = {
 }  # fmt: skip
 # How much more often than others a kind is made: what takes more to be told. The texts for another occasion or person
 # need the query; a third of the attacks in foreign words is in a script that training does not see.
-HARDER = {"other_occasion": 8, "other_recipient": 4, "clause_repeated": 4, "cut": 2, "foreign": 2}
+HARDER = {"other_occasion": 8, "other_recipient": 4, "clause_repeated": 4, "cut": 3, "pasted_twice": 2, "foreign": 2}
 ATTACKS: dict[str, Callable[[str, random.Random, str], str]] = {
     "pasted_twice": lambda text, rng, other: text + text,
     "clause_repeated": lambda text, rng, other: clauses(text)[0] * 4 + "".join(clauses(text)[1:]),
