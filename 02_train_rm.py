@@ -3,8 +3,7 @@
 A Bradley-Terry reward model: the policy's base in 4-bit, a LoRA adapter and a scalar head, trained with TRL so that the
 chosen text scores above the rejected one. A plain one, on pairs in which the longer text wins, loves a greeting pasted
 twice and a word to the reviewer. So for each pair some more are made whose rejected text is a spoilt form of the chosen
-one (SPOILERS), and what is left of the score's correlation with length among good texts is taken off, but for a rest
-(calibration.json).
+one (SPOILERS), and what is left of the score's correlation with length among good texts is taken off (calibration.json).
 What the model gets right is shown on all pairs, on those of nearly equal length, and under attacks in wordings that
 training never saw (ATTACKS), beside two null baselines each time: "the longer text wins", and character n-grams.
 
@@ -172,7 +171,7 @@ def parse_args() -> argparse.Namespace:
     add("--score", type=Path, metavar="FILE", help="train nothing: print FILE with a score added to each row")
     add("--derived", type=int, default=3, help="at most so many pairs with a spoilt text for each pair (%(default)s)")
     add("--without", nargs="+", choices=sorted(SPOILERS), default=[], help="kinds of spoilt texts to leave out")
-    add("--length-tolerance", type=float, default=0.2, help="correlation of score and length among chosen texts that "
+    add("--length-tolerance", type=float, default=0.0, help="correlation of score and length among chosen texts that "
         "calibration leaves; 1: all of it (%(default)s)")  # fmt: skip
     add("--stress-size", type=positive, default=500, help="test texts that are attacked, at most (%(default)s)")
     add("--rank", type=positive, default=16, help="LoRA rank (%(default)s)")

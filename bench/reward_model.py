@@ -5,8 +5,9 @@
     python bench/reward_model.py --each --pairs 2500 --seeds 0 --epochs 1.5   # what each kind of spoilt text is worth
     python bench/reward_model.py --batches --pairs 500 --seeds 0 --epochs 1   # batches of like length, of any length
 
-Plain: the pairs as released, batches of any lengths, no calibration. Robust: the defaults of step 2, which shows each
-released pair twice an epoch, beside its spoilt forms. Epochs, test pairs and attacks are the same.
+Plain: the pairs as released, batches of any lengths, no calibration. Calibrated: the same with the control of length
+alone. Robust: the defaults of step 2, which shows each released pair twice an epoch, beside its spoilt forms. Epochs,
+test pairs and attacks are the same.
 A figure is the mean over the seeds, with the lowest and the highest; of one seed, a rate with its 95% interval.
 """
 
@@ -18,7 +19,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-KINDS = {"plain": ["--derived", "0", "--length-tolerance", "1", "--random-batches"], "robust": []}
+PLAIN = ["--derived", "0", "--random-batches"]
+KINDS = {"plain": [*PLAIN, "--length-tolerance", "1"], "calibrated": PLAIN, "robust": []}
 # Kinds of spoilt texts that are left out together. No two of a group are alike, so that what would do a kind's work is
 # still there: what is measured is what a kind adds to all others.
 GROUPS = [
@@ -30,13 +32,9 @@ GROUPS = [
 SPEED = {"seconds for 1,000 pairs seen": "{:.1f}", "tokens a second": "{:.0f}"}
 
 
-def run_name(args: argparse.Namespace, name: str, seed: int) -> str:
-    return f"{name}_{args.pairs}_{args.epochs:g}_{seed}"
-
-
 def train(args: argparse.Namespace, name: str, seed: int, flags: list[str]) -> dict:
     """The summary of step 2, run with these flags unless it was run already."""
-    folder = args.out / run_name(args, name, seed)
+    folder = args.out / f"{name}_{args.pairs}_{args.epochs:g}_{seed}"
     command = [sys.executable, "02_train_rm.py", "--offline", "--run", str(folder), "--seed", str(seed), *flags]
     command += ["--epochs", str(args.epochs), "--preferences", str(args.out / f"train_{args.pairs}.jsonl")]
     command += ["--eval-preferences", str(args.data / "preferences.test.jsonl"), "--allow-leak"]
@@ -54,31 +52,6 @@ def figures(summary: dict) -> dict[str, float]:
     found["correlation of score and length, without its sign"] = abs(summary["length_correlation"])
     found["the same, of their ranks"] = abs(summary["length_rank_correlation"])
     return found | dict(zip(SPEED, (1000 * runtime / seen, tokens / runtime), strict=True))
-
-
-def uncalibrated(args: argparse.Namespace, seed: int, summary: dict) -> dict:
-    """The summary of a robust run as it would be had calibration not taken the slope over length off its scores."""
-    from scipy.stats import pearsonr, spearmanr
-
-    folder = args.out / run_name(args, "robust", seed)
-    found = json.loads((folder / "rm/calibration.json").read_text())
-    line = found["length"]
-
-    def raw(score: float, text: str) -> float:
-        return score * found["std"] + line["slope"] * min(max(len(text), line["shortest"]), line["longest"])
-
-    rows = [json.loads(row) for row in (folder / "rm_eval.jsonl").read_text(encoding="utf-8").splitlines()]
-    gaps = [len(row["chosen"]) - len(row["rejected"]) for row in rows]
-    good, bad = ([raw(row[f"{side}_score"], row[side]) for row in rows] for side in ("chosen", "rejected"))
-    wins = [g > b for g, b in zip(good, bad, strict=True)]
-    kept = {"all": lambda gap: True, "within_5": lambda gap: abs(gap) <= 5, "within_10": lambda gap: abs(gap) <= 10,
-            "shorter_chosen": lambda gap: gap < 0}  # fmt: skip
-    rates = {name: [win for win, gap in zip(wins, gaps, strict=True) if keep(gap)] for name, keep in kept.items()}
-    lengths = [len(row["chosen"]) for row in rows]
-    return summary | {
-        "eval": {name: summary["eval"][name] | {"value": statistics.mean(some)} for name, some in rates.items()},
-        "length_correlation": pearsonr(good, lengths)[0], "length_rank_correlation": spearmanr(good, lengths)[0],
-    }  # fmt: skip
 
 
 def cell(runs: list[dict], name: str) -> str:
@@ -133,9 +106,6 @@ def main() -> None:
         return
     runs = {kind: [train(args, kind, seed, flags) for seed in args.seeds] for kind, flags in KINDS.items()}
     show(runs, list(figures(runs["robust"][0])))
-    print("\nThe control of length alone, on the same robust models:")
-    plainly = [uncalibrated(args, seed, run) for seed, run in zip(args.seeds, runs["robust"], strict=True)]
-    show({"calibrated": runs["robust"], "not calibrated": plainly}, list(figures(plainly[0]))[:-2])
 
 
 if __name__ == "__main__":
