@@ -3,7 +3,8 @@
 A Bradley-Terry reward model: the policy's base in 4-bit, a LoRA adapter and a scalar head, trained with TRL so that the
 chosen text scores above the rejected one. A plain one, on pairs in which the longer text wins, loves a greeting pasted
 twice and a word to the reviewer. So for each pair some more are made whose rejected text is a spoilt form of the chosen
-one (SPOILERS), and what is left of the score's correlation with length among good texts is taken off (calibration.json).
+one (SPOILERS), and what is left of the score's correlation with length among good texts is taken off
+(calibration.json).
 What the model gets right is shown on all pairs, on those of nearly equal length, and under attacks in wordings that
 training never saw (ATTACKS), beside two null baselines each time: "the longer text wins", and character n-grams.
 
