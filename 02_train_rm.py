@@ -376,7 +376,7 @@ def train(
 
 
 def calibrate(args: argparse.Namespace, pairs: list[Preference], base: str) -> models.RewardModel:
-    """Write rm/calibration.json from at most 1,000 training pairs; returns the model that uses it.
+    """Write rm/calibration.json from at most 1,000 pairs that were not trained on; returns the model that uses it.
 
     The score's slope over length is that of a straight line through the chosen texts, all of which are good: what is
     longer among them is not better. As much of it is taken off as brings the correlation down to --length-tolerance.
@@ -581,7 +581,7 @@ def main(args: argparse.Namespace) -> int:
         return 0
     peak = models.peak_gib()
     figures = {"train_pairs": len(pairs), "derived_pairs": len(derived), "test_pairs": len(test), "leaks": found}
-    figures |= evaluate(args, calibrate(args, pairs, base), test, against)
+    figures |= evaluate(args, calibrate(args, stop, base), test, against)
     for test_name, r in figures["eval"].items():
         r["null"] = {name: rates[test_name] for name, rates in nulls.items()}
     figures |= {"leaked": bool(leaking), "baselines": {name: rates["all"] for name, rates in nulls.items()}}
