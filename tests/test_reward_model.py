@@ -233,7 +233,7 @@ def test_a_killed_training_goes_on_from_its_checkpoint(trained: Path, tmp_path: 
     assert "| 0/" not in done.stderr.split("reward model:")[1]  # the bar begins where the checkpoint was
     summary = json.loads((tmp_path / "02_summary.json").read_text())
     steps = [log["step"] for log in summary["log"] if "loss" in log]
-    assert steps == sorted(set(steps)) and summary["eval"]["all"]["value"] > 0.8
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) > 20  # none missing, none twice
 
 
 def test_a_loss_that_is_not_finite_stops_with_one_line(trained: Path, tmp_path: Path) -> None:
