@@ -278,18 +278,20 @@ class Others:
     def __call__(self, kind: str, pair: Preference, rng: random.Random) -> str:
         """A text for another occasion, or one that speaks to another person (on the same occasion, if it is known);
         "" where the pair's query names none, and for other kinds."""
+        if not kind.startswith("other_"):
+            return ""
         query, words = pair.query or pair.texts[0], self.words
         occasions, people = words.occasions_in(query), words.recipients_in(query)
         alike = words.kindred(*occasions)
         own = "|".join(pattern for name in people for pattern in words.RECIPIENTS[name].values())
-        fits = {
-            "other_occasion": lambda theirs, text: occasions and theirs and not theirs & alike,
-            "other_recipient": lambda theirs, text: (
-                people and words.recipients_in(text) and not re.search(own, text)
-                and (theirs & alike or not theirs or not occasions)
-            ),
-        }.get(kind)  # fmt: skip
-        drawn = rng.sample(self.texts, min(len(self.texts), 100)) if fits else []
+
+        def fits(theirs: frozenset[str], text: str) -> bool:
+            if kind == "other_occasion":
+                return bool(occasions and theirs and not theirs & alike)
+            same = theirs & alike or not theirs or not occasions
+            return bool(people and same and words.recipients_in(text) and not re.search(own, text))
+
+        drawn = rng.sample(self.texts, min(len(self.texts), 100))
         return next((text for theirs, text in drawn if fits(theirs, text)), "")
 
 
@@ -306,6 +308,53 @@ def derived_pairs(args: argparse.Namespace, pairs: list[Preference], n: int = 0)
                     Preference(prompt=pair.prompt, chosen=pair.chosen, rejected=rejected, why=f"derived: {kind}")
                 )
     return more
+
+
+# ---- the tests, and what needs no understanding to pass them -------------------------------------------------------
+
+
+def challenges(args: argparse.Namespace, parts: Split) -> dict[str, list[tuple[int, str]]]:
+    """For each test the texts that chosen ones must beat, each with the place of its pair among the test pairs: the
+    rejected texts, by difference of length, and up to --stress-size texts of each attack."""
+    test, rng, others = parts.test, random.Random(args.seed), Others(parts.test)
+    rejected = [(i, p.texts[2], len(p.texts[1]) - len(p.texts[2])) for i, p in enumerate(test)]
+    found = {
+        "all": [(i, text) for i, text, _ in rejected],
+        "within_5": [(i, text) for i, text, gap in rejected if abs(gap) <= 5],
+        "within_10": [(i, text) for i, text, gap in rejected if abs(gap) <= 10],
+        "shorter_chosen": [(i, text) for i, text, gap in rejected if gap < 0],
+    }
+    if parts.leaking:
+        found["without_leaks"] = [(i, text) for i, text, _ in rejected if test[i].id not in parts.leaking]
+    some = rng.sample(range(len(test)), min(len(test), args.stress_size))
+    for name, attack in ATTACKS.items():
+        attacked = ((i, attack(test[i].texts[1], rng, others(name, test[i], rng)).strip()) for i in some)
+        found[f"attack: {name}"] = [(i, text) for i, text in attacked if text and text != test[i].texts[1]]
+    return found
+
+
+def right(score: Callable, test: list[Preference], against: dict) -> tuple[dict[str, dict], dict]:
+    """({test: rate at which the chosen text scores higher}, {(place of a pair, text): score}); `score` takes a list of
+    such places and texts."""
+    chosen = [(i, p.texts[1]) for i, p in enumerate(test)]
+    asked = list(dict.fromkeys(chosen + [text for texts in against.values() for text in texts]))
+    scores = dict(zip(asked, score(asked), strict=True))
+    rates = {
+        name: rate(sum(scores[chosen[i]] > scores[i, text] for i, text in texts), len(texts))
+        for name, texts in against.items()
+    }
+    return rates, scores
+
+
+def null_baselines(args: argparse.Namespace, parts: Split, against: dict) -> dict[str, dict]:
+    """{rule: {test: rate}} of two rules that understand nothing."""
+    labels = [label for _ in parts.train for label in (1, 0)]
+    ngrams = models.NgramClassifier([t for p in parts.train for t in p.texts[1:]], labels, args.seed)
+    rules = {
+        "longer": lambda asked: [len(text) for _, text in asked],
+        "ngram": lambda asked: ngrams([text for _, text in asked]),
+    }
+    return {name: right(rule, parts.test, against)[0] for name, rule in rules.items()}
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
@@ -414,50 +463,6 @@ def calibrate(args: argparse.Namespace, pairs: list[Preference], base: str) -> m
 # ---- what it has learnt ---------------------------------------------------------------------------------------------
 
 
-def challenges(args: argparse.Namespace, parts: Split) -> dict[str, list[tuple[int, str]]]:
-    """For each test the texts that chosen ones must beat, each with the place of its pair among the test pairs: the
-    rejected texts, by difference of length, and up to --stress-size texts of each attack."""
-    test, rng, others = parts.test, random.Random(args.seed), Others(parts.test)
-    rejected = [(i, p.texts[2], len(p.texts[1]) - len(p.texts[2])) for i, p in enumerate(test)]
-    found = {
-        "all": [(i, text) for i, text, _ in rejected],
-        "within_5": [(i, text) for i, text, gap in rejected if abs(gap) <= 5],
-        "within_10": [(i, text) for i, text, gap in rejected if abs(gap) <= 10],
-        "shorter_chosen": [(i, text) for i, text, gap in rejected if gap < 0],
-    }
-    if parts.leaking:
-        found["without_leaks"] = [(i, text) for i, text, _ in rejected if test[i].id not in parts.leaking]
-    some = rng.sample(range(len(test)), min(len(test), args.stress_size))
-    for name, attack in ATTACKS.items():
-        attacked = ((i, attack(test[i].texts[1], rng, others(name, test[i], rng)).strip()) for i in some)
-        found[f"attack: {name}"] = [(i, text) for i, text in attacked if text and text != test[i].texts[1]]
-    return found
-
-
-def right(score: Callable, test: list[Preference], against: dict) -> tuple[dict[str, dict], dict]:
-    """({test: rate at which the chosen text scores higher}, {(place of a pair, text): score}); `score` takes a list of
-    such places and texts."""
-    chosen = [(i, p.texts[1]) for i, p in enumerate(test)]
-    asked = list(dict.fromkeys(chosen + [text for texts in against.values() for text in texts]))
-    scores = dict(zip(asked, score(asked), strict=True))
-    rates = {
-        name: rate(sum(scores[chosen[i]] > scores[i, text] for i, text in texts), len(texts))
-        for name, texts in against.items()
-    }
-    return rates, scores
-
-
-def null_baselines(args: argparse.Namespace, parts: Split, against: dict) -> dict[str, dict]:
-    """{rule: {test: rate}} of two rules that understand nothing."""
-    labels = [label for _ in parts.train for label in (1, 0)]
-    ngrams = models.NgramClassifier([t for p in parts.train for t in p.texts[1:]], labels, args.seed)
-    rules = {
-        "longer": lambda asked: [len(text) for _, text in asked],
-        "ngram": lambda asked: ngrams([text for _, text in asked]),
-    }
-    return {name: right(rule, parts.test, against)[0] for name, rule in rules.items()}
-
-
 def evaluate(args: argparse.Namespace, rm: models.RewardModel, test: list[Preference], against: dict) -> dict:
     """Right on the test pairs, by difference of length, and under each attack; also writes rm_eval.jsonl."""
     import numpy as np
@@ -550,7 +555,6 @@ def main(args: argparse.Namespace) -> int:
         score_file(args, base)
         return 0
     parts = split(args)
-    pairs, stop, test, found, leaking = parts
     open_run(args.run)
     stage = Stage(
         args.run, "02_rm", ["rm", "rm_eval.jsonl", "rm_checkpoints"],
@@ -574,18 +578,18 @@ def main(args: argparse.Namespace) -> int:
     # At each time over the pairs they meet other spoilt forms, beside which they count twice: what tells their texts
     # apart is finer.
     rounds = max(1, math.ceil(args.epochs))
-    derived = [pair for n in range(rounds) for pair in derived_pairs(args, pairs, n)]
-    shown = pairs * rounds * (2 if derived else 1) + derived
-    log = train(args, shown, args.epochs / rounds, stop + derived_pairs(args, stop), base)
+    derived = [pair for n in range(rounds) for pair in derived_pairs(args, parts.train, n)]
+    shown = parts.train * rounds * (2 if derived else 1) + derived
+    log = train(args, shown, args.epochs / rounds, parts.stop + derived_pairs(args, parts.stop), base)
     if not main_process():
         return 0
     peak = models.peak_gib()
-    figures = {"train_pairs": len(pairs), "derived_pairs": len(derived), "test_pairs": len(test), "leaks": found}
-    figures |= evaluate(args, calibrate(args, stop, base), test, against)
+    figures = {"train_pairs": len(parts.train), "derived_pairs": len(derived), "test_pairs": len(parts.test)}
+    figures |= evaluate(args, calibrate(args, parts.stop, base), parts.test, against)
     for test_name, r in figures["eval"].items():
         r["null"] = {name: rates[test_name] for name, rates in nulls.items()}
-    figures |= {"leaked": bool(leaking), "baselines": {name: rates["all"] for name, rates in nulls.items()}}
-    figures |= {"log": log, "peak_gib": peak}
+    figures |= {"leaks": parts.leaks, "leaked": bool(parts.leaking)}
+    figures |= {"baselines": {name: rates["all"] for name, rates in nulls.items()}, "log": log, "peak_gib": peak}
     table = "\n".join(
         f"| {name} | {percent(r['value'])} | {percent(r['lo'])} to {percent(r['hi'])} | "
         f"{percent(r['null']['longer']['value'])} | {percent(r['null']['ngram']['value'])} | {r['n']} |"
@@ -598,7 +602,7 @@ def main(args: argparse.Namespace) -> int:
         }
         for name in ("loss", "accuracy")
     })  # fmt: skip
-    said = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in found.items())
+    said = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in parts.leaks.items())
     card = CARD.format(base=base, table=table, loading=LOADING[args.bits], found=said, **figures)
     replace_file(args.run / "rm" / "README.md", card)
     write_summary(args.run, "02_summary", started, vars(args), figures)

@@ -95,7 +95,7 @@ def test_the_report_stands_alone(run: Path) -> None:
     assert set(summary["policies"]) == {"base", "sft", "grpo_rm", "grpo_judge"}
     assert {"null: length", "null: n-grams", "judge", "agents", "reward_model"} <= summary["evaluators"].keys()
     tested = json.loads((run / "02_summary.json").read_text())
-    assert all(name in page for name in tested["eval"]) and "null: the longer text wins" in page
+    assert all(f"<td>{name}</td>" in page for name in tested["eval"]) and "null: the longer text wins" in page
     for row in lines(run / "generations.jsonl")[:10]:
         assert row["response"] in (run / "report.html").read_text(encoding="utf-8") or "&" in row["response"]
 

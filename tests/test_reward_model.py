@@ -188,9 +188,7 @@ def test_the_calibration_leaves_the_correlation_that_it_is_told_to(
 
     class Biased(models.RewardModel):
         def __init__(self, folder: Path, *_: object, **__: object):
-            path = folder / "calibration.json"
-            nothing = {"mean": 0.0, "std": 1.0, "length": {"slope": 0.0, "shortest": 0, "longest": 0}}
-            self.calibration = json.loads(path.read_text()) if path.is_file() else nothing
+            self.calibration = {"mean": 0.0, "std": 1.0, "length": {"slope": 0.0, "shortest": 0, "longest": 0}}
 
         def score_conversations(self, chats: list, batch_size: int = 64) -> list[float]:
             texts = [chat[-1]["content"] for chat in chats]
