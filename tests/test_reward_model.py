@@ -56,6 +56,12 @@ def test_every_kind_of_spoilt_text_is_worse_in_words_that_training_does_not_see(
         if name not in ("other_occasion", "other_recipient", "clauses_shuffled"):
             attacks = {rm.ATTACKS[name](p.texts[1], rng, "别人的祝福。").strip() for p in pairs} - texts
             assert len(attacks & seen) <= 0.05 * len(attacks), name
+    for name in ("padded", "flattery", "instruction", "foreign", "bare"):  # of no text, what is put into it
+        taught, asked = (
+            {text[i : i + 4] for _ in range(5000) for text in [kinds[name]("", rng, "")] for i in range(len(text) - 3)}
+            for kinds in (rm.SPOILERS, rm.ATTACKS)
+        )
+        assert not taught & asked, name
 
 
 def test_another_occasion_is_another_occasion() -> None:
