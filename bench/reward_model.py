@@ -18,6 +18,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from scipy.stats import spearmanr
+
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN = ["--derived", "0", "--random-batches"]
 KINDS = {"plain": [*PLAIN, "--length-tolerance", "1"], "calibrated": PLAIN, "robust": []}
@@ -29,6 +31,8 @@ GROUPS = [
     ["clauses_shuffled", "padded", "bare"],
     ["foreign", "other_recipient"],
 ]
+WORTH = 0.01  # standard deviations of the score
+PAID, PAID_RANKS = f"all, were a character worth {WORTH}", f"correlation of ranks, were a character worth {WORTH}"
 SPEED = {"seconds for 1,000 pairs seen": "{:.1f}", "tokens a second": "{:.0f}"}
 
 
@@ -40,7 +44,23 @@ def train(args: argparse.Namespace, name: str, seed: int, flags: list[str]) -> d
     command += ["--eval-preferences", str(args.data / "preferences.test.jsonl"), "--allow-leak"]
     if subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
         sys.exit(f"failed: {' '.join(command)}")
-    return json.loads((folder / "02_summary.json").read_text())
+    summary = json.loads((folder / "02_summary.json").read_text())
+    return summary | paid_by_length(folder)
+
+
+def paid_by_length(folder: Path) -> dict[str, float]:
+    """How much of `all` is length: what would be right of the test pairs, were each character worth WORTH standard
+    deviations more (within the lengths of calibration.json), and the rank correlation with length that this leaves."""
+    limits = json.loads((folder / "rm/calibration.json").read_text())["length"]
+    pairs = [json.loads(line) for line in (folder / "rm_eval.jsonl").open(encoding="utf-8")]
+
+    def paid(pair: dict, which: str) -> float:
+        length = min(max(len(pair[which]), limits["shortest"]), limits["longest"])
+        return pair[f"{which}_score"] + WORTH * length
+
+    right = sum(paid(pair, "chosen") > paid(pair, "rejected") for pair in pairs)
+    ranks = spearmanr([paid(pair, "chosen") for pair in pairs], [len(pair["chosen"]) for pair in pairs])[0]
+    return {PAID: right / len(pairs), PAID_RANKS: abs(float(ranks))}
 
 
 def figures(summary: dict) -> dict[str, float]:
@@ -51,13 +71,14 @@ def figures(summary: dict) -> dict[str, float]:
     found = {name: rate["value"] for name, rate in summary["eval"].items()}
     found["correlation of score and length, without its sign"] = abs(summary["length_correlation"])
     found["the same, of their ranks"] = abs(summary["length_rank_correlation"])
+    found |= {PAID: summary[PAID], PAID_RANKS: summary[PAID_RANKS]}
     return found | dict(zip(SPEED, (1000 * runtime / seen, tokens / runtime), strict=True))
 
 
 def cell(runs: list[dict], name: str) -> str:
     """A figure's mean over the seeds, its lowest and its highest, as text; of one seed, a rate and its 95% interval."""
     values, rate = [figures(run)[name] for run in runs], runs[0]["eval"].get(name)
-    mark = "{:.1%}" if rate else SPEED.get(name, "{:.2f}")
+    mark = "{:.1%}" if rate or name == PAID else SPEED.get(name, "{:.2f}")
     low, high = (rate["lo"], rate["hi"]) if rate and len(runs) == 1 else (min(values), max(values))
     return f"{mark.format(statistics.mean(values))} [{mark.format(low)}, {mark.format(high)}]"
 
