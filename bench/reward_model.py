@@ -21,6 +21,9 @@ from pathlib import Path
 from scipy.stats import spearmanr
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from common.records import rate
+
 PLAIN = ["--derived", "0", "--random-batches"]
 KINDS = {"plain": [*PLAIN, "--length-tolerance", "1"], "calibrated": PLAIN, "robust": []}
 # Kinds of spoilt texts that are left out together. No two of a group are alike, so that what would do a kind's work is
@@ -33,6 +36,7 @@ GROUPS = [
 ]
 WORTH = 0.01  # standard deviations of the score
 PAID, PAID_RANKS = f"all, were a character worth {WORTH}", f"correlation of ranks, were a character worth {WORTH}"
+TAKEN = "taken off a character, standard deviations"
 SPEED = {"seconds for 1,000 pairs seen": "{:.1f}", "tokens a second": "{:.0f}"}
 
 
@@ -45,22 +49,26 @@ def train(args: argparse.Namespace, name: str, seed: int, flags: list[str]) -> d
     if subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
         sys.exit(f"failed: {' '.join(command)}")
     summary = json.loads((folder / "02_summary.json").read_text())
-    return summary | paid_by_length(folder)
+    add_length(summary, folder)
+    return summary
 
 
-def paid_by_length(folder: Path) -> dict[str, float]:
-    """How much of `all` is length: what would be right of the test pairs, were each character worth WORTH standard
-    deviations more (within the lengths of calibration.json), and the rank correlation with length that this leaves."""
-    limits = json.loads((folder / "rm/calibration.json").read_text())["length"]
-    pairs = [json.loads(line) for line in (folder / "rm_eval.jsonl").open(encoding="utf-8")]
+def add_length(summary: dict, folder: Path) -> None:
+    """Adds how much of `all` is length: what would be right of the test pairs, were each character worth WORTH more
+    (within the lengths of calibration.json), the rank correlation with length that this leaves, and what calibration
+    has taken off a character."""
+    calibration = json.loads((folder / "rm/calibration.json").read_text())
+    line = calibration["length"]
+    pairs = [json.loads(row) for row in (folder / "rm_eval.jsonl").open(encoding="utf-8")]
 
-    def paid(pair: dict, which: str) -> float:
-        length = min(max(len(pair[which]), limits["shortest"]), limits["longest"])
-        return pair[f"{which}_score"] + WORTH * length
+    def paid(which: str) -> list[float]:
+        lengths = (min(max(len(pair[which]), line["shortest"]), line["longest"]) for pair in pairs)
+        return [pair[f"{which}_score"] + WORTH * n for pair, n in zip(pairs, lengths, strict=True)]
 
-    right = sum(paid(pair, "chosen") > paid(pair, "rejected") for pair in pairs)
-    ranks = spearmanr([paid(pair, "chosen") for pair in pairs], [len(pair["chosen"]) for pair in pairs])[0]
-    return {PAID: right / len(pairs), PAID_RANKS: abs(float(ranks))}
+    chosen, rejected = paid("chosen"), paid("rejected")
+    summary["eval"][PAID] = rate(sum(c > r for c, r in zip(chosen, rejected, strict=True)), len(pairs))
+    summary[PAID_RANKS] = abs(float(spearmanr(chosen, [len(pair["chosen"]) for pair in pairs])[0]))
+    summary[TAKEN] = line["slope"] / calibration["std"]
 
 
 def figures(summary: dict) -> dict[str, float]:
@@ -68,33 +76,40 @@ def figures(summary: dict) -> dict[str, float]:
     log, settings = summary["log"], summary["settings"]
     runtime, tokens = log[-1]["train_runtime"], max(entry.get("num_tokens", 0) for entry in log)
     seen = log[-1]["step"] * settings["batch_size"] * settings["accumulation"]
-    found = {name: rate["value"] for name, rate in summary["eval"].items()}
+    found = {name: test["value"] for name, test in summary["eval"].items()}
     found["correlation of score and length, without its sign"] = abs(summary["length_correlation"])
     found["the same, of their ranks"] = abs(summary["length_rank_correlation"])
-    found |= {PAID: summary[PAID], PAID_RANKS: summary[PAID_RANKS]}
+    found |= {name: summary[name] for name in (PAID_RANKS, TAKEN)}
     return found | dict(zip(SPEED, (1000 * runtime / seen, tokens / runtime), strict=True))
 
 
 def cell(runs: list[dict], name: str) -> str:
     """A figure's mean over the seeds, its lowest and its highest, as text; of one seed, a rate and its 95% interval."""
-    values, rate = [figures(run)[name] for run in runs], runs[0]["eval"].get(name)
-    mark = "{:.1%}" if rate or name == PAID else SPEED.get(name, "{:.2f}")
-    low, high = (rate["lo"], rate["hi"]) if rate and len(runs) == 1 else (min(values), max(values))
+    values, test = [figures(run)[name] for run in runs], runs[0]["eval"].get(name)
+    mark = "{:.1%}" if test else SPEED.get(name, "{:.2f}")
+    low, high = (test["lo"], test["hi"]) if test and len(runs) == 1 else (min(values), max(values))
     return f"{mark.format(statistics.mean(values))} [{mark.format(low)}, {mark.format(high)}]"
+
+
+def span(counts: list[int]) -> str:
+    """A count, or the least and the most of several."""
+    return " to ".join(map(str, sorted({min(counts), max(counts)})))
 
 
 def show(columns: dict[str, list[dict]], names: list[str]) -> None:
     """A table with a row for each figure and a column for each kind of run."""
     first = next(iter(columns.values()))
     rates = first[0]["eval"]
-    print(f"\n{len(first)} seeds, {first[0]['train_pairs']} training pairs, {first[0]['test_pairs']} test pairs")
+    pairs = span([run["train_pairs"] for run in first])
+    print(f"\n{len(first)} seeds, {pairs} training pairs, {first[0]['test_pairs']} test pairs")
     print(f"\n| figure | {' | '.join(columns)} | longer | n-grams | n |\n|---|{'---|' * len(columns)}---|---|---|")
     for name in names:
         cells = [cell(runs, name) for runs in columns.values()]
         for rule in ("longer", "ngram"):
-            null = [run["eval"][name]["null"][rule]["value"] for run in first] if name in rates else []
+            null = [run["eval"][name]["null"][rule]["value"] for run in first] if "null" in rates.get(name, {}) else []
             cells.append(f"{statistics.mean(null):.1%}" if null else "")
-        print(f"| {name} | {' | '.join(cells)} | {rates.get(name, {}).get('n', '')} |")
+        n = span([run["eval"][name]["n"] for run in first]) if name in rates else ""
+        print(f"| {name} | {' | '.join(cells)} | {n} |")
 
 
 def main() -> None:
