@@ -18,7 +18,6 @@ import argparse
 import asyncio
 import itertools
 import json
-import math
 import sys
 import time
 from collections import Counter
@@ -26,9 +25,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from common import llm, models
+from common.client import Client, together
+from common.debate import ROLES, Retrieval, judge_one
+from common.endpoint import add_endpoint_flags, endpoint_name
+from common.engine import Writer, add_engine_flag, choose_engine
+from common.policy import add_policy_flags, policy_path, quiet
+from common.prompts import conversation, prompt_hashes
 from common.records import (
-    ROOT,
     Appender,
     Candidate,
     Demonstration,
@@ -36,9 +39,14 @@ from common.records import (
     Preference,
     Query,
     Reference,
+    read,
+    stream,
+    write,
+)
+from common.run_folder import (
+    ROOT,
     Stage,
     add_run_flags,
-    agreement,
     digest,
     fail,
     file_hash,
@@ -46,13 +54,11 @@ from common.records import (
     open_run,
     parse,
     positive,
-    rate,
-    read,
-    replace_file,
-    stream,
-    write,
     write_summary,
 )
+from common.stats import agreement, rate
+from common.store import Store
+from common.texts import grams, similarity
 
 # What --offline sets. The tiny model's greetings are short, too seldom good at temperature 1 to learn from, and all
 # recited: it has seen nothing but the references.
@@ -60,8 +66,6 @@ OFFLINE = {
     "bits": 16, "samples": 7, "temperature": [0.7], "max_tokens": 48, "batch_size_generate": 256, "max_copied": 1.0,
     "engine": "hf", "uses": 4,
 }  # fmt: skip
-ROLES = ["positive", "negative", "judge", "reflect"]
-INDEX = ROOT / "outputs" / "index"  # neighbours of queries, embeddings of references; shared by every run
 OPENING = 0.06  # of the SFT rows may begin with the same two characters; in the released data 38% begin with 亲爱
 
 
@@ -88,12 +92,12 @@ def parse_args() -> argparse.Namespace:
     add("--no-retrieval", action="store_true", help="ablation: no references shown")
     add("--no-debate", action="store_true", help="ablation: the Judge hears no debate")
     add("--no-reflect", action="store_true", help="ablation: the Judge's verdict stands")
-    models.add_policy_flags(parser)
-    models.add_engine_flag(parser)
-    llm.add_endpoint_flags(parser)
+    add_policy_flags(parser)
+    add_engine_flag(parser)
+    add_endpoint_flags(parser)
     add_run_flags(parser)
     args = parse(parser, OFFLINE)
-    models.choose_engine(args)
+    choose_engine(args)
     if not args.samples and not args.candidates:
         fail("--samples 0 leaves nothing to judge; name files with --candidates")
     if args.shard and args.merge:
@@ -113,12 +117,12 @@ def shard(text: str) -> tuple[int, int]:
 
 
 def candidate_settings(args: argparse.Namespace) -> dict:
-    policies = [models.policy_path(args), *args.policies] if args.samples else []
+    policies = [policy_path(args), *args.policies] if args.samples else []
     return {
         "seed": args.seed, "queries": file_hash(args.queries), "policies": policies, "bits": args.bits,
         "samples": args.samples, "temperature": args.temperature, "max_tokens": args.max_tokens,
         "batch": args.batch_size_generate, "engine": args.engine,
-        "prompts": llm.prompt_hashes(["policy"], args.prompts), "files": [file_hash(p) for p in args.candidates],
+        "prompts": prompt_hashes(["policy"], args.prompts), "files": [file_hash(p) for p in args.candidates],
     }  # fmt: skip
 
 
@@ -137,7 +141,7 @@ def sample_candidates(args: argparse.Namespace, queries: list[Query]) -> bool:
     if stage.done:
         return True
     queries = [query for query in queries if in_shard(args, query.query)]
-    llm.Client.probe(args, args.run)  # greetings that nobody can judge are not worth the sampling
+    Client.probe(args, args.run)  # greetings that nobody can judge are not worth the sampling
     with Appender(args.run / "candidates.jsonl") as append:
         for file in args.candidates:
             for given in stream(file, Candidate, unique=False):
@@ -161,17 +165,17 @@ def sample_from(args: argparse.Namespace, policy: str, queries: list[Query], app
     slots = [(key, *slot) for key, slot in slots.items() if key not in append.done]
     if not slots:
         return
-    models.quiet()
+    quiet()
     adapter = Path(policy, "adapter_config.json")
     base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else policy
-    write_greetings = models.Writer(args)
+    write_greetings = Writer(args)
     done, chunk = 0, 4 * args.batch_size_generate  # written as it is done: a killed run loses one chunk
     for temperature, same in itertools.groupby(slots, key=lambda slot: slot[1]):
         while part := list(itertools.islice(same, chunk)):
             done += len(part)
             texts = write_greetings(
                 base, adapter.parent if adapter.is_file() else None,
-                [models.conversation(query.query, args.prompts) for _, _, query in part],
+                [conversation(query.query, args.prompts) for _, _, query in part],
                 temperature=temperature, seed=int(part[0][0][:8], 16), progress=f"candidates {done}/{len(slots)}",
             )  # fmt: skip
             for (key, _, query), text in zip(part, texts, strict=True):
@@ -204,116 +208,16 @@ def screen(args: argparse.Namespace, references: list[Reference]) -> Iterator[tu
         yield candidate, reason
 
 
-def grams(text: str, n: int) -> set[str]:
-    return {text[i : i + n] for i in range(len(text) - n + 1)}
-
-
-def similarity(one: str, other: str) -> float:
-    """Jaccard similarity of the pairs of neighbouring characters."""
-    a, b = grams(one, 2), grams(other, 2)
-    return len(a & b) / max(1, len(a | b))
-
-
 # ---- the five agents ------------------------------------------------------------------------------------------------
-
-
-class Retrieval:
-    """The agent that needs no answer from a model: references for queries most like the one asked.
-
-    Likeness is the cosine of character TF-IDF vectors, or of a sentence-embedding model's. Where references have a
-    popularity, its logarithm at most doubles the likeness of the near ones.
-    """
-
-    WIDER = 5  # nearest references looked at for each that is shown
-
-    def __init__(self, args: argparse.Namespace, references: list[Reference], queries: list[str]):
-        """Find the nearest references of every query; those found in earlier runs are kept in outputs/index/."""
-        self.references, self.k = references, args.examples
-        self.wider = min(len(references), self.WIDER * self.k + 20)
-        known = digest(args.embedding_model, self.wider, [(r.id, r.query) for r in references])
-        path = INDEX / f"{known}{'-{}-of-{}'.format(*args.shard) if args.shard else ''}.json"
-        self.nearest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if new := [query for query in queries if query not in self.nearest]:
-            self.look_up(args.embedding_model, new, INDEX / f"{known}.npy")
-            replace_file(path, json.dumps(self.nearest, ensure_ascii=False))
-
-    def look_up(self, embedding_model: str | None, queries: list[str], vectors: Path, batch: int = 512) -> None:
-        """Add the nearest references of many queries, a batch at once: a hundred times quicker than one by one."""
-        import numpy as np
-
-        asked = [r.query for r in self.references]
-        if embedding_model:
-            embed = models.Embedding(embedding_model)
-            index = embed.kept(asked, vectors).T
-        else:
-            from sklearn.feature_extraction.text import TfidfVectorizer
-
-            vectorizer = TfidfVectorizer(analyzer="char", ngram_range=(1, 2), sublinear_tf=True)
-            index, embed = vectorizer.fit_transform(asked).T, vectorizer.transform
-        for start in range(0, len(queries), batch):
-            part = queries[start : start + batch]
-            likeness = embed(part) @ index
-            likeness = likeness if isinstance(likeness, np.ndarray) else likeness.toarray()
-            for query, row in zip(part, likeness, strict=True):
-                top = np.argpartition(-row, self.wider - 1)[: self.wider]
-                ranked = top[np.lexsort((top, -row[top]))].tolist()
-                self.nearest[query] = [(i, round(float(row[i]), 4)) for i in ranked]
-
-    def __call__(self, query: str, response: str) -> list[Reference]:
-        """The references to show; never one for the very query or with the very text that is judged."""
-        near = [(self.references[i], likeness) for i, likeness in self.nearest[query]]
-        fair = [(r, like) for r, like in near if r.query != query and r.response != response]
-        most = math.log1p(max((r.popularity or 0 for r, _ in fair), default=0)) or 1.0
-        fair.sort(key=lambda pair: -pair[1] * (1 + math.log1p(pair[0].popularity or 0) / most))
-        return [r for r, _ in fair[: self.k]]
-
-
-async def judge_one(
-    args: argparse.Namespace, client: llm.Client, prompts: dict, examples: list[Reference], candidate: Candidate
-) -> Judgement:
-    """The debate about one candidate; where an agent cannot be heard, `error` says why and there is no label."""
-    record = Judgement(
-        **candidate.model_dump(), examples=[r.id for r in examples], model=client.model, prompts=prompts
-    )  # fmt: skip
-    seen = {
-        "query": candidate.query, "response": candidate.response,
-        "examples": [{"query": r.query, "response": r.response} for r in examples],
-    }  # fmt: skip
-    answers = []
-    try:
-        if not args.no_debate:
-            sides = (client.ask(role, llm.Points, **seen) for role in ("positive", "negative"))
-            for heard in await llm.settled(*sides):  # one that fails lets the other end
-                if isinstance(heard, llm.Unusable):
-                    raise heard
-                answers.append(heard)
-            record.positive, record.negative = answers[0].points, answers[1].points
-        debate = {"positive": record.positive, "negative": record.negative}
-        heard = []  # of each vote: what Judge says, what stands after Reflect
-        for sample in range(args.votes):
-            vote = {"sample": sample, "temperature": 0.7 if sample else 0.0}
-            answers.append(judge := await client.ask("judge", llm.Verdict, **seen, **debate, **vote))
-            if not args.no_reflect:
-                said = seen | debate | vote | {"judge": judge.model_dump()}
-                answers.append(await client.ask("reflect", llm.Verdict, **said))
-            heard.append((judge, answers[-1]))
-        record.judge_votes, record.votes = ([vote[i].verdict for vote in heard] for i in (0, 1))
-        record.label = int(2 * sum(record.votes) > args.votes)
-        judge, verdict = next(vote for vote in heard if vote[1].verdict == record.label)
-        record.judge, record.reflect = judge.model_dump(), None if args.no_reflect else verdict.model_dump()
-    except llm.Unusable as e:
-        record.error = str(e)
-    record.input_tokens, record.output_tokens = (sum(a.tokens[i] for a in answers) for i in (0, 1))
-    return record
 
 
 def judgement_settings(args: argparse.Namespace) -> dict:
     roles = ROLES[2 * args.no_debate : 4 - args.no_reflect]
     return {
-        "references": file_hash(args.references), "endpoint": llm.endpoint_name(args), "examples": args.examples,
+        "references": file_hash(args.references), "endpoint": endpoint_name(args), "examples": args.examples,
         "embedding": args.embedding_model, "seed": args.seed, "votes": args.votes, "max_similar": args.max_similar,
         "max_copied": args.max_copied, "no_retrieval": args.no_retrieval, "no_debate": args.no_debate,
-        "no_reflect": args.no_reflect, "prompts": llm.prompt_hashes(roles, args.prompts),
+        "no_reflect": args.no_reflect, "prompts": prompt_hashes(roles, args.prompts),
     }  # fmt: skip
 
 
@@ -358,8 +262,8 @@ def judge_candidates(args: argparse.Namespace, references: list[Reference]) -> t
                     failed += record.error is not None
                     bar.update()
 
-            async with llm.Client(args, args.run) as client:
-                await llm.together(*(worker() for _ in range(4 * args.concurrency)))
+            async with Client(args, args.run) as client:
+                await together(*(worker() for _ in range(4 * args.concurrency)))
 
         with tqdm(total=asked.total(), desc="judgements", unit="greeting") as bar:
             asyncio.run(judge_all())
@@ -500,7 +404,7 @@ def choose_demonstrations(judged: list[Judged]) -> list[Judged]:
 def as_preference(args: argparse.Namespace, pair: Pair) -> Preference:
     good, bad = pair
     return Preference(
-        prompt=models.conversation(good.query, args.prompts), query=good.query, query_id=good.query_id, why=bad.why,
+        prompt=conversation(good.query, args.prompts), query=good.query, query_id=good.query_id, why=bad.why,
         chosen=[{"role": "assistant", "content": good.response}], chosen_id=good.id,
         rejected=[{"role": "assistant", "content": bad.response}], rejected_id=bad.id,
     )  # fmt: skip
@@ -508,7 +412,7 @@ def as_preference(args: argparse.Namespace, pair: Pair) -> Preference:
 
 def as_demonstration(args: argparse.Namespace, good: Judged) -> Demonstration:
     return Demonstration(
-        prompt=models.conversation(good.query, args.prompts), query=good.query, query_id=good.query_id,
+        prompt=conversation(good.query, args.prompts), query=good.query, query_id=good.query_id,
         completion=[{"role": "assistant", "content": good.response}], candidate_id=good.id,
     )  # fmt: skip
 
@@ -516,7 +420,7 @@ def as_demonstration(args: argparse.Namespace, good: Judged) -> Demonstration:
 def ledger(args: argparse.Namespace) -> dict:
     """What the agents have cost in this run folder, or in those of all parts."""
     folders, prices = args.merge or [args.run], (args.price_in, args.price_out)
-    parts = [llm.Store(folder / "answers.sqlite", prices).ledger(ROLES) for folder in folders]
+    parts = [Store(folder / "answers.sqlite", prices).ledger(ROLES) for folder in folders]
     outcomes = sum((Counter(part.pop("outcomes")) for part in parts), Counter())
     return {name: sum(part[name] for part in parts) for name in parts[0]} | {"outcomes": outcomes}
 
@@ -531,7 +435,7 @@ def main(args: argparse.Namespace) -> int:
     stage = Stage(
         args.run, "01_pairs", ["preferences.jsonl", "sft.jsonl", "fates.jsonl", "01_summary.json"],
         {"judgements": file_hash(args.run / "judgements.jsonl"), "uses": args.uses,
-         "prompts": llm.prompt_hashes(["policy"], args.prompts)},
+         "prompts": prompt_hashes(["policy"], args.prompts)},
         redo=True,  # nothing is lost: what these are made from is kept
     )  # fmt: skip
     if done and judged_now is None and stage.done:

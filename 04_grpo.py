@@ -28,19 +28,36 @@ Example python 04_grpo.py --reward judge --offline --run outputs/mine
 import argparse
 import asyncio
 import json
-import math
 import random
-import re
 import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
 
-from common import llm, models
-from common.records import (
+from common.answers import Grades, Unusable
+from common.client import Client, together
+from common.endpoint import add_endpoint_flags, endpoint_name
+from common.engine import adapter_sync, add_engine_flag, check_rollout_server, choose_engine, rollout_base
+from common.judge import current_principles
+from common.memory import engine_share, peak_gib, show_plan
+from common.policy import (
+    DEFAULT_POLICY,
+    MOST_PROMPT,
+    add_policy_flags,
+    check_adapter,
+    generate,
+    load_policy,
+    load_tokenizer,
+    lora,
+    policy_path,
+    quiet,
+)
+from common.prompts import conversation, prompt_hashes
+from common.records import Demonstration, Query, read, read_lines
+from common.rewards import GAMING, Rewards
+from common.run_folder import (
     ROOT,
-    Demonstration,
-    Query,
+    Refused,
     Stage,
     add_run_flags,
     fail,
@@ -50,11 +67,19 @@ from common.records import (
     open_run,
     parse,
     positive,
-    read,
-    read_lines,
     read_summary,
     replace_file,
     write_summary,
+)
+from common.store import Store, open_store
+from common.trainers import (
+    draw_curves,
+    go_on,
+    of_all_processes,
+    per_process,
+    prepare,
+    progress_callback,
+    trainer_settings,
 )
 
 OFFLINE = {
@@ -63,13 +88,6 @@ OFFLINE = {
     "save_every": 10, "watch_every": 10, "engine": "hf",
 }  # fmt: skip
 REWARDS = ("none", "rm", "judge", "both")
-PAUSES = (5.0, 30.0)  # seconds before the judge is asked again for a step in which over a fifth of the answers failed
-# What a policy learns to write once its reward can be had for it: shares of the completions, in every step's metrics.
-GAMING = {
-    "written_twice": re.compile(r"(.{6,}?)(\W*\1)+\W*", re.DOTALL),
-    "flatters_reviewer": re.compile(".*(评委|评审|打分|满分|高分).*", re.DOTALL),
-}
-GIB = 1024**3
 
 
 def parse_args() -> argparse.Namespace:
@@ -111,9 +129,9 @@ def parse_args() -> argparse.Namespace:
     add("--test-queries", type=Path, default=ROOT / "data/queries_heldout.jsonl", help="of that export (%(default)s)")
     add("--plan", action="store_true", help="train nothing: print what will be on the GPU, and whether it fits")
     add("--gpu-memory", type=float, help="GiB of the GPU (the one there, else 79: a card of 80 GB)")
-    models.add_policy_flags(parser)
-    models.add_engine_flag(parser)
-    llm.add_endpoint_flags(parser)
+    add_policy_flags(parser)
+    add_engine_flag(parser)
+    add_endpoint_flags(parser)
     add_run_flags(parser)
     args = parse(parser, OFFLINE)
     args.sft, args.rm = args.sft or args.run / "sft.jsonl", args.rm or args.run / "rm"
@@ -130,71 +148,6 @@ def parse_args() -> argparse.Namespace:
 # ---- what will be on the GPU ----------------------------------------------------------------------------------------
 
 
-def plan(args: argparse.Namespace, base: str) -> dict[str, float]:
-    """GiB of each part on the GPU at the peak of a GRPO step. Arithmetic, not a measurement: see bench/memory.py."""
-    c = models.architecture(base)
-    h, wide, layers = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"]
-    kv = h // c["num_attention_heads"] * c["num_key_value_heads"]
-    linear = layers * (2 * h * h + 2 * h * kv + 3 * h * wide)
-    embedded = c["vocab_size"] * h * (1 if c["tie_word_embeddings"] else 2)
-    adapter = layers * args.rank * (4 * h + 2 * (h + kv) + 3 * (h + wide))
-    # NF4: half a byte a weight, and a scale of 4 bytes for each 64 of them; embeddings and head stay in bf16.
-    weights = 2 * embedded + linear * (0.5 + 4 / 64 if args.bits == 4 else 2)
-    length = models.MOST_PROMPT + args.max_tokens
-    tokens = args.micro_batch * length
-    kept = layers * tokens * h * 2  # what gradient checkpointing keeps: the input of each layer, in bf16
-    layer = tokens * (16 * h + 6 * wide) * 2 + 2 * h * wide  # one layer made again, and its largest matrix dequantised
-    logits = 4 * args.micro_batch * args.max_tokens * c["vocab_size"] * 2  # forward, softmax, and the gradients of both
-    bytes_ = {
-        "trainer: base": weights,
-        "trainer: adapter, its gradient and Adam's two moments, fp32": 16 * adapter,
-        "trainer: adapter of the reference": 4 * adapter,
-        "trainer: activations": kept + layer,
-        "trainer: logits": logits,
-        "CUDA itself": 1.5 * GIB,
-    }
-    if args.engine == "vllm" and not args.rollout_server:
-        completions = args.queries_per_step * args.samples
-        bytes_["rollouts: base in bf16"] = 2 * (linear + embedded)
-        bytes_["rollouts: KV cache of all completions"] = completions * length * 2 * layers * kv * 2
-        bytes_["rollouts: vLLM's own activations and graphs"] = 2 * GIB
-    if args.reward in ("rm", "both"):
-        bytes_["reward model"] = weights + args.micro_batch * length * (4 * h + 3 * wide) * 2
-    if llm.is_local(args):
-        bytes_["judge's server"] = args.judge_memory * GIB
-    return {name: size / GIB for name, size in bytes_.items()}
-
-
-def peak(args: argparse.Namespace, parts: dict[str, float]) -> float:
-    """GiB at once. With --sleep the engine and the trainer's working memory take turns."""
-    engine, working = (
-        sum(size for name, size in parts.items() if name.startswith(kind))
-        for kind in ("rollouts", ("trainer: act", "trainer: logits"))
-    )
-    return sum(parts.values()) - (min(engine, working) if args.sleep else 0.0)
-
-
-def show_plan(args: argparse.Namespace, base: str) -> int:
-    parts = plan(args, base)
-    for name, size in parts.items():
-        print(f"{size:7.1f} GiB  {name}")
-    need, have = peak(args, parts), gpu_memory(args)
-    print(f"{need:7.1f} GiB  at the peak, of {have:.1f} GiB (computed, not measured)")
-    if need <= have:
-        return 0
-    lighter = ({"micro_batch": n} for n in (8, 4, 2, 1) if n < args.micro_batch)
-    for change in ({"sleep": True}, *lighter, *({"sleep": True, "micro_batch": n} for n in (4, 2, 1))):
-        other = argparse.Namespace(**vars(args) | change)
-        if peak(other, plan(other, base)) <= have:
-            flags = " ".join(f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in change.items())
-            fail(f"this does not fit; with {flags} it does")
-    fail("this does not fit; take a smaller --policy, fewer --max-tokens, or a judge elsewhere (--base-url)")
-
-
-def gpu_memory(args: argparse.Namespace) -> float:
-    return args.gpu_memory or llm.gpu_gib() or 79.0
-
-
 # ---- SFT ------------------------------------------------------------------------------------------------------------
 
 
@@ -204,143 +157,30 @@ def sft(args: argparse.Namespace, base: str) -> dict:
     from trl import SFTConfig, SFTTrainer
 
     rows = read(args.sft, Demonstration, f"python 01_curate_preferences.py --run {args.run}")
-    model, tokenizer = models.load_policy(base, args.bits)
+    model, tokenizer = load_policy(base, args.bits)
     checkpoints = args.run / f"{args.name}_checkpoints"
-    batch, accumulation = models.per_process(args.sft_batch_size, 1)
+    batch, accumulation = per_process(args.sft_batch_size, 1)
     config = SFTConfig(
         output_dir=str(checkpoints), num_train_epochs=args.sft_epochs, seed=args.seed,
         learning_rate=args.sft_learning_rate, per_device_train_batch_size=batch, max_length=768,
         gradient_accumulation_steps=accumulation,
         lr_scheduler_type="cosine", warmup_steps=0.05, logging_steps=1, save_strategy="epoch", save_total_limit=1,
-        **models.trainer_settings(args.bits) | {"report_to": args.report_to},
+        **trainer_settings(args.bits) | {"report_to": args.report_to},
     )  # fmt: skip
     trainer = SFTTrainer(
         model=model, args=config, processing_class=tokenizer,
-        callbacks=[models.progress_callback("SFT", ["loss"], args.run / "metrics_none.jsonl")],
+        callbacks=[progress_callback("SFT", ["loss"], args.run / "metrics_none.jsonl")],
         train_dataset=Dataset.from_list([r.model_dump(include={"prompt", "completion"}) for r in rows]),
-        peft_config=models.lora(args.rank, 2 * args.rank, "CAUSAL_LM"),
+        peft_config=lora(args.rank, 2 * args.rank, "CAUSAL_LM"),
     )  # fmt: skip
-    models.prepare(trainer)
+    prepare(trainer)
     go_on(args, trainer, checkpoints)
     trainer.save_model(str(args.run / args.name))
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     return {"steps": trainer.state.global_step, "rows": len(rows), "loss": {"first": losses[0], "last": losses[-1]}}
 
 
-def go_on(args: argparse.Namespace, trainer, checkpoints: Path) -> None:
-    """Train from the last checkpoint if there is one; what was logged after it is dropped, for it comes again."""
-    from peft import load_peft_weights, set_peft_model_state_dict
-    from transformers.trainer_utils import get_last_checkpoint
-
-    last = get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None
-    done = json.loads(Path(last, "trainer_state.json").read_text())["global_step"] if last else 0
-    for kind, least in (("metrics", 1), ("rollouts", 0), ("watch", 0)):  # rollouts carry the step they are made in
-        path = args.run / f"{kind}_{args.reward}.jsonl"
-        if path.is_file():
-            whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]
-            rows = [(json.loads(line)["step"], line) for line in whole]
-            kept = [line for step, line in rows if last and step < done + (least or kind == "watch")]
-            replace_file(path, "".join(kept))
-    if last and Path(last, "ref").is_dir():
-        # Where TRL has put a reference beside it, the trainer restores that and forgets the adapter that is trained.
-        set_peft_model_state_dict(trainer.model, load_peft_weights(last), adapter_name="default")
-    trainer.train(resume_from_checkpoint=last)
-
-
 # ---- rewards --------------------------------------------------------------------------------------------------------
-
-
-class Rewards:
-    """The reward function of a GRPO run, which also writes rollouts_*.jsonl and a step's figures about its rewards."""
-
-    def __init__(self, args: argparse.Namespace, base: str):
-        self.args, self.path = args, args.run / f"rollouts_{args.reward}.jsonl"
-        if args.reward in ("rm", "both"):
-            self.model = models.RewardModel(args.rm, base, args.bits, args.prompts)
-        if args.reward in ("judge", "both"):
-            self.principles = llm.current_principles(args.principles)
-            self.client = llm.Client(args, args.run)
-
-    async def judged(self, query: str, response: str) -> tuple[float | None, str]:
-        """(reward, reason); the reward is None where the judge gave no usable verdict."""
-        if not response.strip():
-            return 0.0, "empty"
-        try:
-            verdict = await llm.judge(self.client, query, response, self.principles)
-        except llm.Unusable as e:
-            return None, f"failed: {e}"
-        except SystemExit as e:  # would end TRL's thread and leave the trainer waiting for it
-            raise llm.Refused("see the error above") from e
-        return verdict.reward, verdict.reason
-
-    async def verdicts(self, rows: list[tuple[str, str]]) -> list[tuple[float | None, str]]:
-        """(reward, reason) of every row. Too many failures pause the step; half of them stop the run.
-
-        Raises:
-            Refused: more than half of the judgements failed, also after the pauses.
-        """
-        from tqdm import tqdm
-
-        found: list = [(None, "")] * len(rows)
-        for pause in (*PAUSES, None):
-            missing = [i for i, (reward, _) in enumerate(found) if reward is None]
-            answers = await llm.together(*(self.judged(*rows[i]) for i in missing))
-            for i, answer in zip(missing, answers, strict=True):
-                found[i] = answer
-            reasons = [reason for reward, reason in found if reward is None]
-            if len(reasons) <= 0.2 * len(rows):
-                return found
-            if pause is not None:
-                failed = f"{len(reasons)} of {len(rows)} judgements of a step {reasons[0]}"
-                tqdm.write(f"{failed}; asking again in {pause:.0f} s", file=sys.stderr)
-                await asyncio.sleep(pause)
-                self.client.failed.clear()
-        if len(reasons) > 0.5 * len(rows):
-            raise llm.Refused(f"{failed}; mend the endpoint and run again: the run goes on at its last checkpoint")
-        return found
-
-    async def of(self, rows: list[tuple[str, str]]) -> list[tuple[float | None, str]]:
-        """(reward, reason) of every (query, text) row of a step; the reward is None where there is none."""
-        found: list = [(0.0, "")] * len(rows)
-        if self.args.reward in ("rm", "both"):
-            scores = self.model.score(rows, self.args.micro_batch)
-            worst = min(scores)  # nothing written is no greeting, whatever the model makes of it
-            found = [(s, "") if t.strip() else (worst, "empty") for s, (_, t) in zip(scores, rows, strict=True)]
-        if self.args.reward in ("judge", "both"):
-            share = self.args.judge_weight if self.args.reward == "both" else 1.0
-            found = [
-                (None if verdict is None else (1 - share) * score + share * verdict, reason)
-                for (score, _), (verdict, reason) in zip(found, await self.verdicts(rows), strict=True)
-            ]
-        cost = self.args.length_penalty / 100
-        found = [(None if r is None else r - cost * len(t), why) for (r, why), (_, t) in zip(found, rows, strict=True)]
-        return [(float(r) if r is not None and math.isfinite(r) else None, why) for r, why in found]
-
-    async def __call__(self, completions: list, query: list[str], trainer_state, log_metric, **kwargs) -> list:
-        """One reward a completion of the step, as TRL asks for them; None gives no learning signal."""
-        import numpy as np
-
-        started = time.perf_counter()
-        texts = [completion[0]["content"] for completion in completions]
-        found = await self.of(list(zip(query, texts, strict=True)))
-        mine = [reward for reward, _ in found]
-        every = models.of_all_processes(list(zip(query, texts, found, strict=True)))
-        texts, rewards = [text for _, text, _ in every], [reward for _, _, (reward, _) in every]
-        if main_process():
-            with open(self.path, "a", encoding="utf-8") as file:
-                for q, text, (reward, reason) in every:
-                    row = {"query": q, "response": text, "reward": reward, "reason": reason}
-                    file.write(json.dumps({"step": trainer_state.global_step} | row, ensure_ascii=False) + "\n")
-        scored = np.array([(r, len(t)) for r, t in zip(rewards, texts, strict=True) if r is not None])
-        flat = len(scored) < 2 or not scored.std(axis=0).all()
-        grams = [text[i : i + 2] for text in texts for i in range(len(text) - 1)]
-        log_metric("reward_length_correlation", 0.0 if flat else float(np.corrcoef(scored.T)[0, 1]))
-        log_metric("distinct_2", len(set(grams)) / max(1, len(grams)))
-        for name, pattern in GAMING.items():
-            log_metric(name, sum(bool(pattern.fullmatch(text)) for text in texts) / len(texts))
-        log_metric("failed_judgements", float(sum(r is None for r in rewards)))
-        log_metric("seconds/reward", time.perf_counter() - started)
-        return mine
 
 
 class Watch:
@@ -351,14 +191,14 @@ class Watch:
         self.queries = random.Random(args.seed).sample(queries, min(args.watch_queries, len(queries)))
 
     async def grades(self, texts: list[str]) -> list[float | None]:
-        async def one(client: llm.Client, query: str, text: str) -> float | None:
+        async def one(client: Client, query: str, text: str) -> float | None:
             try:
-                return (await client.ask("rubric", llm.Grades, query=query, response=text or "（空）")).quality
-            except llm.Unusable:
+                return (await client.ask("rubric", Grades, query=query, response=text or "（空）")).quality
+            except Unusable:
                 return None
 
-        async with llm.Client(self.args, self.args.run) as client:
-            return await llm.together(*(one(client, q.query, t) for q, t in zip(self.queries, texts, strict=True)))
+        async with Client(self.args, self.args.run) as client:
+            return await together(*(one(client, q.query, t) for q, t in zip(self.queries, texts, strict=True)))
 
     def look(self, model, tokenizer, step: int, rewards: list[float]) -> dict:
         """One look: mean grade, its difference to the best look so far, and whether the policy games its reward.
@@ -370,8 +210,8 @@ class Watch:
         import torch
 
         with torch.random.fork_rng():  # training goes on with the random numbers that it would have had
-            texts = models.generate(
-                model, tokenizer, [models.conversation(q.query, self.args.prompts) for q in self.queries],
+            texts = generate(
+                model, tokenizer, [conversation(q.query, self.args.prompts) for q in self.queries],
                 temperature=self.args.temperature, top_p=1.0, max_tokens=self.args.max_tokens,
                 batch_size=self.args.batch_size_generate, seed=self.args.seed,
             )  # fmt: skip
@@ -409,23 +249,21 @@ def grpo(args: argparse.Namespace, base: str) -> dict:
     if len(queries) < args.queries_per_step:
         fail(f"{args.queries} has {len(queries)} queries, a step needs {args.queries_per_step}: lower "
              "--queries-per-step")  # fmt: skip
-    store = llm.open_store(args)
+    store = open_store(args)
     before = ledger_before(args, store)
     vllm, rewards, watch = args.engine == "vllm", Rewards(args, base), Watch(args, queries)
     sync = nullcontext()
     if vllm:  # before TRL imports vLLM
-        sync = models.adapter_sync(base, args.bits, args.rank, args.run, args.rollout_server)
+        sync = adapter_sync(base, args.bits, args.rank, args.run, args.rollout_server)
     from trl import GRPOConfig, GRPOTrainer
 
-    model, tokenizer = models.load_policy(base, args.bits, args.run / "policy_sft", trainable=True)
-    rows = [{"prompt": models.conversation(q.query, args.prompts), "query": q.query} for q in queries]
+    model, tokenizer = load_policy(base, args.bits, args.run / "policy_sft", trainable=True)
+    rows = [{"prompt": conversation(q.query, args.prompts), "query": q.query} for q in queries]
     rows = [
-        r
-        for r in rows
-        if len(tokenizer.apply_chat_template(r["prompt"], tokenize=True)["input_ids"]) <= models.MOST_PROMPT
+        r for r in rows if len(tokenizer.apply_chat_template(r["prompt"], tokenize=True)["input_ids"]) <= MOST_PROMPT
     ]
     if left_out := len(queries) - len(rows):
-        print(f"04: the prompts of {left_out} queries have over {models.MOST_PROMPT} tokens: they are left out")
+        print(f"04: the prompts of {left_out} queries have over {MOST_PROMPT} tokens: they are left out")
 
     class CheckedTrainer(GRPOTrainer):
         """TRL's trainer, which learns from no rollout that is not the policy's, and times its phases."""
@@ -443,7 +281,7 @@ def grpo(args: argparse.Namespace, base: str) -> dict:
             if vllm:
                 gap = self._metrics["train"]["sampling/sampling_logp_difference/mean"][-1]
                 if not gap <= args.max_gap:
-                    raise llm.Refused(
+                    raise Refused(
                         f"step {self.state.global_step}: the engine's log-probabilities are {gap:.3f} a token away "
                         f"from the trainer's, more than --max-gap {args.max_gap:g}: these rollouts are not the "
                         "policy's, and nothing was learnt from them"
@@ -454,7 +292,7 @@ def grpo(args: argparse.Namespace, base: str) -> dict:
         def look(self, state, control) -> None:
             rewarded = [log["reward"] for log in state.log_history if "reward" in log]
             row = watch.look(trainer.model, tokenizer, state.global_step, rewarded) if main_process() else {}
-            row = models.of_all_processes([row])[0]
+            row = of_all_processes([row])[0]
             control.should_training_stop |= row["hack"] and args.stop_on_hack
             if not main_process():
                 return
@@ -476,7 +314,7 @@ def grpo(args: argparse.Namespace, base: str) -> dict:
 
     completions = args.queries_per_step * args.samples
     updates = args.queries_per_step // args.mini_batch  # from the rollouts of one step
-    micro_batch, accumulation = models.per_process(args.micro_batch, args.mini_batch * args.samples // args.micro_batch)
+    micro_batch, accumulation = per_process(args.micro_batch, args.mini_batch * args.samples // args.micro_batch)
     config = GRPOConfig(
         output_dir=str(args.run / f"{args.name}_checkpoints"), num_train_epochs=args.epochs, max_steps=args.steps,
         learning_rate=args.learning_rate, lr_scheduler_type="constant_with_warmup", warmup_steps=2, seed=args.seed,
@@ -487,21 +325,21 @@ def grpo(args: argparse.Namespace, base: str) -> dict:
         save_strategy="steps", save_steps=args.save_every * updates, save_total_limit=2,
         use_vllm=vllm, vllm_mode="server" if args.rollout_server else "colocate",
         vllm_server_base_url=args.rollout_server, vllm_enable_sleep_mode=args.sleep,
-        vllm_max_model_length=models.MOST_PROMPT + args.max_tokens,
+        vllm_max_model_length=MOST_PROMPT + args.max_tokens,
         vllm_gpu_memory_utilization=engine_share(args, base),
-        **models.trainer_settings(args.bits) | {"report_to": args.report_to},
+        **trainer_settings(args.bits) | {"report_to": args.report_to},
     )  # fmt: skip
     metrics = args.run / f"metrics_{args.reward}.jsonl"
-    bar = models.progress_callback(f"GRPO, reward {args.reward}", ["reward", "completions/mean_length"], metrics)
+    bar = progress_callback(f"GRPO, reward {args.reward}", ["reward", "completions/mean_length"], metrics)
     with sync:
         trainer = CheckedTrainer(
             model=model, args=config, processing_class=tokenizer, reward_funcs=rewards,
             callbacks=[bar, *([Looks()] if args.watch_every else [])], train_dataset=Dataset.from_list(rows),
         )  # fmt: skip
-    models.prepare(trainer)
+    prepare(trainer)
     try:
         go_on(args, trainer, Path(config.output_dir))
-    except llm.Refused as e:
+    except Refused as e:
         fail(str(e))
     if not main_process():
         return {}
@@ -516,7 +354,7 @@ def grpo(args: argparse.Namespace, base: str) -> dict:
     mean = [s["reward"] for s in steps if "reward" in s]  # not at a second update from the same rollouts
     tenth = max(1, len(mean) // 10)
     looks = read_lines(watch.path)
-    models.draw_curves(args.run / f"metrics_{args.reward}.svg", {
+    draw_curves(args.run / f"metrics_{args.reward}.svg", {
         title: {key: [(s["step"], s[key]) for s in steps if key in s] for key in keys}
         for title, keys in {
             "reward": ["reward", "reward_std"], "length, diversity": ["reward_length_correlation", "distinct_2"],
@@ -533,7 +371,7 @@ def grpo(args: argparse.Namespace, base: str) -> dict:
         "gaming": {name: sum(s[name] for s in steps if name in s) / len(mean) for name in GAMING},
         "failed_judgements": int(sum(s["failed_judgements"] for s in steps if "failed_judgements" in s)),
         "watch": [{k: v for k, v in r.items() if k != "grades"} for r in looks],
-        "peak_gib": models.peak_gib(),
+        "peak_gib": peak_gib(),
         "ledger": store.ledger(["detector"], since=before["detector"]),
         "watch_ledger": store.ledger(["rubric"], since=before["rubric"]),
     }  # fmt: skip
@@ -563,26 +401,17 @@ model = AutoPeftModelForCausalLM.from_pretrained("{name}")
 def write_card(args: argparse.Namespace, base: str, figures: dict) -> None:
     """README.md of the policy's folder, which hubs show as its model card."""
     what = "loss" if args.reward == "none" else "reward"
-    asked = models.conversation("...", args.prompts)[-1]["content"]
+    asked = conversation("...", args.prompts)[-1]["content"]
     known = vars(args) | {"base": base, "steps": figures["steps"], "what": f"its {what}", "asked": asked}
     replace_file(args.run / args.name / "README.md", CARD.format(**known | figures[what]))
 
 
-def ledger_before(args: argparse.Namespace, store: llm.Store) -> dict[str, dict]:
+def ledger_before(args: argparse.Namespace, store: Store) -> dict[str, dict]:
     """Role -> what it had cost in this run folder before this training began; kept for when it goes on after a kill."""
     path = args.run / f"{args.name}_checkpoints" / "ledger_before.json"
     if not path.is_file() and main_process():
         replace_file(path, json.dumps({role: store.ledger([role]) for role in ("detector", "rubric")}))
     return json.loads(path.read_text()) if main_process() else {}
-
-
-def engine_share(args: argparse.Namespace, base: str) -> float:
-    """The part of the GPU's memory that vLLM may take: what the plan gives it."""
-    import torch
-
-    if args.engine != "vllm" or not torch.cuda.is_available():
-        return 0.3  # of nothing
-    return sum(size for name, size in plan(args, base).items() if name.startswith("rollouts")) / gpu_memory(args)
 
 
 def merge(args: argparse.Namespace, base: str) -> None:
@@ -591,10 +420,10 @@ def merge(args: argparse.Namespace, base: str) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(models.rollout_base(base, args.bits), dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(rollout_base(base, args.bits), dtype=torch.bfloat16)
     model = PeftModel.from_pretrained(model, args.run / args.name).merge_and_unload()
     model.save_pretrained(args.merge)
-    models.load_tokenizer(base).save_pretrained(args.merge)
+    load_tokenizer(base).save_pretrained(args.merge)
     print(f"04: {args.run / args.name} and its base are one model in {args.merge}")
 
 
@@ -615,7 +444,7 @@ def export_verl(args: argparse.Namespace, base: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for split, path in (("train", args.queries), ("test", args.test_queries)):
         rows = [
-            {"prompt": models.conversation(q.query, args.prompts), "data_source": "greetings",
+            {"prompt": conversation(q.query, args.prompts), "data_source": "greetings",
              "ability": "text_generation", "reward_model": {"ground_truth": q.query, "style": "rule"},
              "extra_info": {"index": n, "split": split}}
             for n, q in enumerate(read(path, Query))
@@ -626,7 +455,7 @@ def export_verl(args: argparse.Namespace, base: str) -> None:
     flags = {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in moved.items()}
     paths = [k for k, v in moved.items() if isinstance(v, Path)]
     known = vars(args) | {"base": base, "root": str(ROOT), "flags": flags, "paths": paths}
-    known |= {"most_prompt": models.MOST_PROMPT}
+    known |= {"most_prompt": MOST_PROMPT}
     for name in ("reward.py", "run.sh"):
         template = (ROOT / "templates" / f"verl_{name}.txt").read_text(encoding="utf-8")
         replace_file(folder / name, template.format(**known))
@@ -637,8 +466,8 @@ def main(args: argparse.Namespace) -> int:
     started = time.time()
     if args.plan:
         args.engine = args.engine or "vllm"
-        return show_plan(args, args.policy or models.DEFAULT_POLICY)
-    base = models.policy_path(args)
+        return show_plan(args, args.policy or DEFAULT_POLICY)
+    base = policy_path(args)
     if args.export_verl:
         if args.reward == "none":
             fail("--export-verl is for GRPO: give --reward rm, judge or both")
@@ -646,28 +475,28 @@ def main(args: argparse.Namespace) -> int:
         return 0
     if args.rollout_server and args.reward != "none":
         args.engine = "vllm"
-        models.check_rollout_server(args.rollout_server, base, args.bits, args.rank)
-    models.choose_engine(args)
+        check_rollout_server(args.rollout_server, base, args.bits, args.rank)
+    choose_engine(args)
     open_run(args.run)
     inputs: dict[str, Path] = {"sft": args.sft} if args.reward == "none" else {"queries": args.queries}
     if args.reward in ("judge", "both"):
         inputs["principles"] = args.principles
-        llm.current_principles(args.principles)  # says what is missing before anything is loaded
+        current_principles(args.principles)  # says what is missing before anything is loaded
     if args.reward in ("rm", "both"):
         inputs["rm"] = args.rm
-        models.check_adapter(args.rm, base)
+        check_adapter(args.rm, base)
     names = ["seed", "bits", "rank"]
     if args.reward == "none":
         names += ["sft_epochs", "sft_learning_rate", "sft_batch_size"]
     else:
         inputs["policy_sft"] = args.run / "policy_sft" / "adapter_model.safetensors"
-        models.check_adapter(args.run / "policy_sft", base)
+        check_adapter(args.run / "policy_sft", base)
         names += ["learning_rate", "epochs", "steps", "queries_per_step", "mini_batch", "samples", "max_tokens"]
         names += ["temperature", "kl", "engine", "length_penalty", "watch_every", "watch_queries"]
     settings = {key: getattr(args, key) for key in names}
-    settings |= {"prompts": llm.prompt_hashes(["policy", "detector"], args.prompts)}
+    settings |= {"prompts": prompt_hashes(["policy", "detector"], args.prompts)}
     if args.reward in ("judge", "both"):
-        settings |= {"endpoint": llm.endpoint_name(args), "votes": args.votes, "judge_weight": args.judge_weight}
+        settings |= {"endpoint": endpoint_name(args), "votes": args.votes, "judge_weight": args.judge_weight}
         settings |= {"graded": args.graded}
     outputs = [args.name, f"metrics_{args.reward}.jsonl", f"{args.name}_checkpoints"]
     if args.reward != "none":
@@ -679,8 +508,8 @@ def main(args: argparse.Namespace) -> int:
         print(f"04: --reward {args.reward} done already, see {args.run / f'04_summary_{args.reward}.json'}")
     else:
         if args.reward != "none" and (args.reward != "rm" or args.watch_every):
-            llm.Client.probe(args, args.run)
-        models.quiet()
+            Client.probe(args, args.run)
+        quiet()
         figures = sft(args, base) if args.reward == "none" else grpo(args, base)
         if not main_process():
             return 0

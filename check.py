@@ -21,11 +21,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from common import llm, models
-from common.records import ROOT, Labelled, Query, add_run_flags, fail, launch, parse, positive, read
+from common.endpoint import add_endpoint_flags
+from common.memory import gpu_gib
+from common.policy import DEFAULT_POLICY, add_policy_flags
+from common.records import Labelled, Query, read
+from common.run_folder import ROOT, add_run_flags, fail, launch, parse, positive
 
 GIB = 1024**3
-SIZES = {models.DEFAULT_POLICY: 14.2, "Qwen/Qwen2.5-32B-Instruct-AWQ": 18.1}  # GiB of the default models' weights
+SIZES = {DEFAULT_POLICY: 14.2, "Qwen/Qwen2.5-32B-Instruct-AWQ": 18.1}  # GiB of the default models' weights
 OTHER_DISK = 8.0  # GiB for adapters, checkpoints, records and answers; an estimate
 VERSIONS = 4  # of the principles that step 3 judges the validation part under, old and new; an estimate
 CALL = (700, 160)  # tokens in and out of an agent's call, and
@@ -41,8 +44,8 @@ def parse_args() -> argparse.Namespace:
     add("--judge-speed", type=positive, default=800, help="tokens a second that the agents' model writes (%(default)s)")
     add("--write-speed", type=positive, default=2000, help="and the policy, in steps 1, 4 and 5 (%(default)s)")
     add("--train-speed", type=positive, default=1500, help="tokens a second in training (%(default)s)")
-    models.add_policy_flags(parser)
-    llm.add_endpoint_flags(parser)
+    add_policy_flags(parser)
+    add_endpoint_flags(parser)
     add_run_flags(parser)
     return parse(parser, {})
 
@@ -51,7 +54,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def gpu(args: argparse.Namespace) -> tuple[str, str]:
-    if llm.gpu_gib() is None:
+    if gpu_gib() is None:
         return (
             "use a machine with an NVIDIA GPU of 80 GB, or --offline",
             "no GPU, or no driver: nvidia-smi fails",
@@ -62,7 +65,7 @@ def gpu(args: argparse.Namespace) -> tuple[str, str]:
         return "bash run.sh, or: pip install -r requirements.txt", f"torch {torch.__version__} is built without CUDA"
     if not torch.cuda.is_available():
         return "install a driver for it", f"the driver is too old for torch's CUDA {torch.version.cuda}"
-    return "", f"{torch.cuda.get_device_name()}, {llm.gpu_gib():.0f} GiB, CUDA {torch.version.cuda}"
+    return "", f"{torch.cuda.get_device_name()}, {gpu_gib():.0f} GiB, CUDA {torch.version.cuda}"
 
 
 def gpu_memory(args: argparse.Namespace) -> tuple[str, str]:
@@ -130,7 +133,7 @@ def endpoint(args: argparse.Namespace) -> tuple[str, str]:
 
 
 def policy(args: argparse.Namespace) -> str:
-    return args.policy or models.DEFAULT_POLICY
+    return args.policy or DEFAULT_POLICY
 
 
 def wanted(args: argparse.Namespace) -> list[str]:
@@ -154,7 +157,7 @@ def size_of(name: str) -> float:
     """GiB of a model's weights; those of a folder are counted, an unknown one is taken for a 7B model."""
     if Path(name).is_dir():
         return sum(file.stat().st_size for file in Path(name).glob("*.safetensors")) / GIB
-    return SIZES.get(name, SIZES[models.DEFAULT_POLICY])
+    return SIZES.get(name, SIZES[DEFAULT_POLICY])
 
 
 # ---- what it will take ----------------------------------------------------------------------------------------------

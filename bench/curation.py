@@ -21,6 +21,10 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+from common.answers import Points, Verdict
+from common.client import Client
+from common.prompts import PROMPTS
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 LATENCY, CONCURRENCY = 0.05, 64
@@ -141,17 +145,16 @@ def curate(run: Path, candidates: Path, url: str) -> tuple[dict, float, float]:
 
 def stage_by_stage(run: Path, candidates: Path, url: str, barrier: str) -> float:
     """Seconds for the same calls, agent by agent: with a barrier after each agent, or after each batch of calls."""
-    from common import llm
 
     args = SimpleNamespace(
         base_url=url, model="m", api_key_env="NONE", concurrency=CONCURRENCY, timeout=60, attempts=5, seed=0,
-        prompts=llm.PROMPTS, offline=False, price_in=0, price_out=0, budget=None, votes=1, graded=False,
+        prompts=PROMPTS, offline=False, price_in=0, price_out=0, budget=None, votes=1, graded=False,
         serve=None, wait=60,
     )  # fmt: skip
     rows = [json.loads(line) | {"examples": []} for line in candidates.open(encoding="utf-8")]
 
     async def stages() -> float:
-        async with llm.Client(args, run) as client:
+        async with Client(args, run) as client:
             started = time.monotonic()
             size = CONCURRENCY if barrier == "batch" else len(rows)
 
@@ -162,15 +165,15 @@ def stage_by_stage(run: Path, candidates: Path, url: str, barrier: str) -> float
                     heard += await asyncio.gather(*asking)
                 return heard
 
-            positive = await ask_all("positive", llm.Points, rows)
-            negative = await ask_all("negative", llm.Points, rows)
+            positive = await ask_all("positive", Points, rows)
+            negative = await ask_all("negative", Points, rows)
             debates = [
                 row | {"positive": p.points, "negative": n.points}
                 for row, p, n in zip(rows, positive, negative, strict=True)
             ]
-            verdicts = await ask_all("judge", llm.Verdict, debates)
+            verdicts = await ask_all("judge", Verdict, debates)
             audits = [d | {"judge": v.model_dump()} for d, v in zip(debates, verdicts, strict=True)]
-            await ask_all("reflect", llm.Verdict, audits)
+            await ask_all("reflect", Verdict, audits)
             return time.monotonic() - started
 
     return asyncio.run(stages())

@@ -16,7 +16,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import models, offline
+from common.memory import ARCHITECTURES
+from common.offline.tiny_model import tiny_policy
+from common.policy import DEFAULT_POLICY, load_tokenizer
 
 
 def random_model(folder: Path, layers: int | None) -> None:
@@ -24,9 +26,9 @@ def random_model(folder: Path, layers: int | None) -> None:
     import torch
     from transformers import AutoModelForCausalLM, Qwen2Config
 
-    sizes = models.ARCHITECTURES[models.DEFAULT_POLICY]
+    sizes = ARCHITECTURES[DEFAULT_POLICY]
     sizes = sizes | {"num_hidden_layers": layers or sizes["num_hidden_layers"]}
-    tokenizer = models.load_tokenizer(str(offline.tiny_policy()))
+    tokenizer = load_tokenizer(str(tiny_policy()))
     config = Qwen2Config(**sizes, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

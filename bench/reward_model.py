@@ -22,7 +22,7 @@ from scipy.stats import spearmanr
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common.records import rate
+from common.stats import rate
 
 PLAIN = ["--derived", "0", "--random-batches"]
 KINDS = {"plain": [*PLAIN, "--length-tolerance", "1"], "calibrated": PLAIN, "robust": []}

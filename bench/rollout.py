@@ -20,7 +20,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import models, offline
+from common.engine import engine_class
+from common.offline.tiny_model import tiny_policy
+from common.policy import load_tokenizer, lora, quiet
 
 HALF_B = {
     "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
@@ -32,7 +34,7 @@ def random_model(folder: Path) -> str:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    tokenizer = models.load_tokenizer(str(offline.tiny_policy()))
+    tokenizer = load_tokenizer(str(tiny_policy()))
     config = Qwen2Config(**HALF_B, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -45,11 +47,11 @@ def measure(base: str, rounds: int) -> dict:
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    engine = models.engine_class(base, 16, 16)(
+    engine = engine_class(base, 16, 16)(
         model=base, max_model_len=128, max_num_seqs=4, dtype="bfloat16", gpu_memory_utilization=0.4
     )
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    model = get_peft_model(model.to("cuda" if torch.cuda.is_available() else "cpu"), models.lora(16, 32, "CAUSAL_LM"))
+    model = get_peft_model(model.to("cuda" if torch.cuda.is_available() else "cpu"), lora(16, 32, "CAUSAL_LM"))
     times: dict[str, list[float]] = {"adapter": [], "everything": []}
     with tempfile.TemporaryDirectory() as scratch:
         for number in range(rounds):
@@ -81,14 +83,14 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:  # an engine has a process of its own
-        models.quiet()
+        quiet()
         print(json.dumps(measure(args.one, args.rounds)))
         return
     print("| model | adapter, bytes sent / its own | sync of the adapter | merge and push, at least | ratio |")
     print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
         bases = {
-            "tiny": str(offline.tiny_policy()),
+            "tiny": str(tiny_policy()),
             "Qwen2.5-0.5B's architecture": random_model(Path(scratch, "model")),
         }
         for name, base in bases.items():

@@ -21,20 +21,10 @@ from pathlib import Path
 import jsonlines
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common.llm import PROMPTS
-from common.models import NgramClassifier, conversation, length_rule
-from common.records import (
-    Candidate,
-    Demonstration,
-    Labelled,
-    Preference,
-    Query,
-    fail,
-    rate,
-    replace_file,
-    two_sided,
-    write,
-)
+from common.prompts import PROMPTS, conversation
+from common.records import Candidate, Demonstration, Labelled, Preference, Query, two_sided, write
+from common.run_folder import fail, replace_file
+from common.stats import NgramClassifier, length_rule, rate
 
 REPOSITORY = "https://github.com/weixiaolong94-hub/Igniting-Creative-Writing-in-Small-Language-Models"
 FOLDS = 5

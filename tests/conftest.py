@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from common.offline.tiny_model import tiny_policy
+
 ROOT = Path(__file__).resolve().parent.parent
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each worker and what it starts
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,10 +17,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each worker and what it st
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Make the tiny model before the workers ask for it, each of which would make it."""
-    from common import offline
 
     if not hasattr(session.config, "workerinput") and not session.config.option.collectonly:
-        offline.tiny_policy()
+        tiny_policy()
 
 
 def run_script(script: str, *flags: object, **environment: str) -> subprocess.CompletedProcess:

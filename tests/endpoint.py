@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
-from common import offline
-from common.llm import PROMPTS
+from common.offline.critic import answer
+from common.prompts import PROMPTS
 
 TOKENS = (11, 7)  # (prompt, completion) tokens of every chat answer
 
@@ -94,7 +94,7 @@ def status(code: int, message: str = "told to fail", **headers: object) -> Reply
 def critic(request: dict) -> Reply:
     """What the rule-based critic answers to a request."""
     role = request["response_format"]["json_schema"]["name"]
-    return chat(json.dumps(offline.answer(role, request["messages"]), ensure_ascii=False))
+    return chat(json.dumps(answer(role, request["messages"]), ensure_ascii=False))
 
 
 def settings(url: str, **changed: object) -> SimpleNamespace:

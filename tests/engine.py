@@ -15,7 +15,11 @@ from contextlib import nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import llm, models, offline
+from common import engine as rooms
+from common.engine import Writer, engine_class
+from common.offline.tiny_model import tiny_policy
+from common.policy import load_policy, lora, quiet
+from common.prompts import PROMPTS, conversation
 
 QUERIES = ["给老师的教师节祝福", "生日祝福 朋友", "中秋节祝福语给妈妈", "新婚快乐祝福", "祝同事升职", "春节拜年短信"]
 
@@ -33,15 +37,15 @@ def quantised_hash(model) -> str:
 def step_4(exchanged: str) -> int:
     """Run 04_grpo.py with the flags that follow; prints whether the quantised base is the same after it."""
     grpo = importlib.import_module("04_grpo")
-    load_policy, engine_class, loaded = models.load_policy, models.engine_class, []
+    load_as_is, class_as_is, loaded = grpo.load_policy, rooms.engine_class, []
 
     def loading(*args, **kwargs):
-        model, tokenizer = load_policy(*args, **kwargs)
+        model, tokenizer = load_as_is(*args, **kwargs)
         loaded.append((model, quantised_hash(model)))
         return model, tokenizer
 
     def engine(*args):
-        kind = engine_class(*args)
+        kind = class_as_is(*args)
         use = kind.use
 
         def use_less(self, folder: Path) -> None:
@@ -53,9 +57,9 @@ def step_4(exchanged: str) -> int:
             kind.use = use_less
         return kind
 
-    models.load_policy, models.engine_class = loading, engine
+    grpo.load_policy, rooms.engine_class = loading, engine
     if exchanged == "original_base":
-        models.rollout_base = lambda base, bits: base
+        rooms.rollout_base = lambda base, bits: base
     code = grpo.launch(grpo.main, grpo.parse_args())
     print(json.dumps({"base_unchanged": all(quantised_hash(model) == before for model, before in loaded)}))
     return code
@@ -67,14 +71,14 @@ def modules() -> None:
     from peft import get_peft_model
     from vllm import SamplingParams
 
-    models.quiet()
-    base = str(offline.tiny_policy())
-    engine = models.engine_class(base, 4, 16)(
+    quiet()
+    base = str(tiny_policy())
+    engine = engine_class(base, 4, 16)(
         model=base, max_model_len=160, max_num_seqs=16, logprobs_mode="processed_logprobs", seed=0
     )
-    model, tokenizer = models.load_policy(base, 4)
-    model = get_peft_model(model, models.lora(16, 32, "CAUSAL_LM"))
-    asked = [models.conversation(query, llm.PROMPTS) for query in QUERIES]
+    model, tokenizer = load_policy(base, 4)
+    model = get_peft_model(model, lora(16, 32, "CAUSAL_LM"))
+    asked = [conversation(query, PROMPTS) for query in QUERIES]
     asked = [tokenizer.apply_chat_template(c, add_generation_prompt=True, tokenize=True)["input_ids"] for c in asked]
     sampling = SamplingParams(temperature=1.0, max_tokens=24, logprobs=0, seed=0)
 
@@ -114,16 +118,16 @@ def modules() -> None:
 
 
 def writer() -> None:
-    """What models.Writer writes with the base, with an adapter, and with the base again."""
+    """What Writer writes with the base, with an adapter, and with the base again."""
     import torch
     from peft import get_peft_model
 
-    models.quiet()
-    base = str(offline.tiny_policy())
-    write = models.Writer(argparse.Namespace(engine="vllm", bits=4, max_tokens=24, seed=0))
-    asked = [models.conversation(query, llm.PROMPTS) for query in QUERIES]
+    quiet()
+    base = str(tiny_policy())
+    write = Writer(argparse.Namespace(engine="vllm", bits=4, max_tokens=24, seed=0))
+    asked = [conversation(query, PROMPTS) for query in QUERIES]
     with tempfile.TemporaryDirectory() as scratch:
-        model = get_peft_model(models.load_policy(base, 4)[0], models.lora(16, 32, "CAUSAL_LM"))
+        model = get_peft_model(load_policy(base, 4)[0], lora(16, 32, "CAUSAL_LM"))
         for name, part in model.named_parameters():
             if "lora_B" in name:
                 part.data = torch.randn(part.shape, generator=torch.Generator().manual_seed(0)) * 0.3

@@ -12,7 +12,8 @@ import pytest
 from conftest import ROOT, run_script
 from endpoint import endpoint, raw, status
 
-from common import llm, offline
+from common.memory import gpu_gib
+from common.offline.tiny_model import tiny_policy
 
 MODELS = raw({"object": "list", "data": [{"id": "m", "object": "model", "created": 0, "owned_by": "us"}]})
 
@@ -31,7 +32,7 @@ def check(*flags: object, **environment: str) -> tuple[int, dict[str, tuple[str,
     return done.returncode, found, done.stdout
 
 
-@pytest.mark.skipif(llm.gpu_gib() is not None, reason="there is a GPU here")
+@pytest.mark.skipif(gpu_gib() is not None, reason="there is a GPU here")
 def test_a_machine_that_has_none_of_it_is_told_all_of_it(tmp_path: Path) -> None:
     code, found, _ = check("--serve", HF_HOME=str(tmp_path))
     assert code == 2 and set(found) == {
@@ -48,7 +49,7 @@ def test_a_machine_that_has_none_of_it_is_told_all_of_it(tmp_path: Path) -> None
 def test_what_is_there_passes() -> None:
     with endpoint() as server:
         server.models = MODELS
-        _, found, _ = check("--base-url", server.url, "--model", "m", "--policy", offline.tiny_policy())
+        _, found, _ = check("--base-url", server.url, "--model", "m", "--policy", tiny_policy())
         assert {found[name][0] for name in ("memory", "disk", "models", "endpoint")} == {"ok"}
         assert not server.asked  # nothing was spent
 
@@ -59,7 +60,7 @@ def test_what_is_there_passes() -> None:
 def test_an_endpoint_that_will_not_do(models: object, remedy: str) -> None:
     with endpoint() as server:
         server.models = models
-        _, found, _ = check("--base-url", server.url, "--policy", offline.tiny_policy())
+        _, found, _ = check("--base-url", server.url, "--policy", tiny_policy())
     assert found["endpoint"][0] == "FAILS" and remedy in found["endpoint"][1]
 
 

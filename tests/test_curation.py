@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, lines, run_script
 
+from common import debate
+from common.debate import Retrieval
+from common.offline.tiny_model import tiny_policy
 from common.records import Candidate, Reference, write
 
 curation = importlib.import_module("01_curate_preferences")
@@ -82,13 +85,13 @@ def test_screening_says_why(tmp_path: Path, references: list[Reference]) -> None
 
 @pytest.fixture
 def args(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Namespace:
-    monkeypatch.setattr(curation, "INDEX", tmp_path / "index")
+    monkeypatch.setattr(debate, "INDEX", tmp_path / "index")
     return Namespace(examples=3, embedding_model=None, shard=None)
 
 
 def test_retrieval_finds_the_occasion_and_never_the_query_itself(args: Namespace, references: list[Reference]) -> None:
     own = [r.query for r in references[::20]]
-    retrieve = curation.Retrieval(args, references, own)
+    retrieve = Retrieval(args, references, own)
     for reference in references[::20]:
         found = retrieve(reference.query, reference.response)
         assert len(found) == 3 and all(r.query != reference.query and r.id != reference.id for r in found)
@@ -102,24 +105,23 @@ def test_retrieval_finds_the_occasion_and_never_the_query_itself(args: Namespace
 def test_the_popular_come_first_among_the_near(args: Namespace) -> None:
     rows = [Reference(query="教师节祝福 老师", response=f"老师好{n}", popularity=n) for n in range(10)]
     rows += [Reference(query=f"中秋快乐 {n}", response=f"月圆{n}", popularity=1000) for n in range(60)]
-    retrieve = curation.Retrieval(args, rows, ["教师节祝福"])
+    retrieve = Retrieval(args, rows, ["教师节祝福"])
     assert [r.response for r in retrieve("教师节祝福", "")] == ["老师好9", "老师好8", "老师好7"]
     assert [r.response for r in retrieve("教师节祝福", "老师好9")] == ["老师好8", "老师好7", "老师好6"]
     unpopular = [r.model_copy(update={"popularity": None}) for r in rows]
-    found = curation.Retrieval(args, unpopular, ["教师节祝福"])("教师节祝福", "")
+    found = Retrieval(args, unpopular, ["教师节祝福"])("教师节祝福", "")
     assert [r.response for r in found] == ["老师好0", "老师好1", "老师好2"]
 
 
 def test_an_embedding_model_is_used_and_its_index_kept(
     args: Namespace, references: list[Reference], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from common import models, offline
 
-    args.embedding_model = str(offline.tiny_policy())
+    args.embedding_model = str(tiny_policy())
     query = references[0].query
-    first = curation.Retrieval(args, references[:50], [query])(query, "")
-    monkeypatch.setattr(models, "Embedding", None)  # a second run must not need it
-    again = curation.Retrieval(args, references[:50], [query])(query, "")
+    first = Retrieval(args, references[:50], [query])(query, "")
+    monkeypatch.setattr(debate, "Embedding", None)  # a second run must not need it
+    again = Retrieval(args, references[:50], [query])(query, "")
     assert len(first) == 3 and [r.id for r in first] == [r.id for r in again]
 
 

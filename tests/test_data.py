@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from common.models import NgramClassifier
-from common.records import ROOT, Demonstration, Labelled, Preference, Query, Record, Reference, rate, read
+from common.records import Demonstration, Labelled, Preference, Query, Record, Reference, read
+from common.run_folder import ROOT
+from common.stats import NgramClassifier, rate
 
 DATA = ROOT / "data"
 README = (DATA / "README.md").read_text(encoding="utf-8")

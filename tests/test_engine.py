@@ -16,7 +16,8 @@ import pytest
 from conftest import ROOT, lines, run_script
 from test_processes import LAUNCH
 
-from common import models, offline
+from common.engine import rollout_base
+from common.offline.tiny_model import tiny_policy
 
 pytest.importorskip("vllm", reason="vLLM is not installed; .ci/run installs its CPU build")
 GAP = "sampling/sampling_logp_difference/mean"
@@ -125,7 +126,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, subp
     told = run_script("04_grpo.py", *flags, "--rollout-server", url)
     assert told.returncode == 2 and "no vLLM server answers" in told.stderr
     *variables, words = told.stderr.partition("start: ")[2].rstrip(".\n").partition("vllm serve ")
-    assert models.rollout_base(str(offline.tiny_policy()), 4) in words
+    assert rollout_base(str(tiny_policy()), 4) in words
     told = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", *words.split(), "--enforce-eager"]
     environment = dict(word.split("=") for word in variables[0].split()) | {"VLLM_CPU_KVCACHE_SPACE": "1"}
     log = tmp_path_factory.mktemp("server") / "log"

@@ -16,8 +16,17 @@ import pytest
 from conftest import ROOT, lines, run_script
 from endpoint import chat, critic, endpoint, settings, status
 
-from common import llm
+from common.answers import WEIGHTS, weighted_mean
+from common.client import Client
+from common.greetings import Policy
 from common.records import write
+from common.report.cost import cost_figures
+from common.report.evaluators import NEAR, balanced, evaluate_evaluators, labelled_rows
+from common.report.figures import length_bands, policy_figures
+from common.report.people import alpha, fingerprint, join_people, rating_page, read_ratings
+from common.stats import bootstrap, excellence_at_equal_length, mean_of, paired, wins_of
+from common.store import Store
+from common.texts import diversity, runs_of_12, self_bleu
 
 step5 = importlib.import_module("05_evaluate")
 
@@ -34,10 +43,10 @@ def test_the_mean_is_over_queries_and_its_interval_is_the_percentile_bootstrap()
     from scipy import stats
 
     rows = [greeting("a", 0, "x", 1), greeting("a", 0, "x", 0, 1), greeting("a", 1, "x", 1), greeting("a", 2, "x", 0)]
-    assert step5.mean_of(rows, "excellent")["value"] == 0.5  # (0.5 + 1 + 0) / 3, not 2 / 4 by rows
-    assert step5.mean_of([*rows, greeting("a", 3, "x", 1)], "excellent")["value"] == 0.625
+    assert mean_of(rows, "excellent")["value"] == 0.5  # (0.5 + 1 + 0) / 3, not 2 / 4 by rows
+    assert mean_of([*rows, greeting("a", 3, "x", 1)], "excellent")["value"] == 0.625
     values = np.random.default_rng(1).normal(2, 1, 200)
-    found, known = step5.bootstrap(values), stats.bootstrap([values], np.mean, method="percentile", rng=0)
+    found, known = bootstrap(values), stats.bootstrap([values], np.mean, method="percentile", rng=0)
     assert found["value"] == round(values.mean(), 4) and found["n"] == 200
     assert found["lo"] == pytest.approx(known.confidence_interval.low, abs=0.02)
     assert found["hi"] == pytest.approx(known.confidence_interval.high, abs=0.02)
@@ -45,18 +54,18 @@ def test_the_mean_is_over_queries_and_its_interval_is_the_percentile_bootstrap()
 
 def test_a_rate_over_few_rows_is_marked_incomplete() -> None:
     rows = [greeting("a", n, "x", 1 if n < 7 else None) for n in range(10)]
-    found = step5.mean_of(rows, "excellent")
+    found = mean_of(rows, "excellent")
     assert found["value"] == 1.0 and found["n"] == 7 and found["scored"] == 0.7 and found["incomplete"]
-    assert "incomplete" not in step5.mean_of(rows[:8], "excellent")
-    assert step5.mean_of(rows, "judge") == {"value": None, "lo": None, "hi": None, "n": 0, "scored": 0.0}
+    assert "incomplete" not in mean_of(rows[:8], "excellent")
+    assert mean_of(rows, "judge") == {"value": None, "lo": None, "hi": None, "n": 0, "scored": 0.0}
 
 
 def test_a_difference_is_paired_and_called_noise_where_it_is() -> None:
     base = {f"q{n}": float(n) for n in range(50)}
-    gain = step5.paired({q: v + 0.1 for q, v in base.items()} | {"other": 99.0}, base)
+    gain = paired({q: v + 0.1 for q, v in base.items()} | {"other": 99.0}, base)
     assert gain["value"] == gain["lo"] == gain["hi"] == 0.1 and gain["n"] == 50 and gain["words"] == "more than noise"
     rng = random.Random(0)
-    assert step5.paired({q: v + rng.gauss(0, 1) for q, v in base.items()}, base)["words"] == "inside noise"
+    assert paired({q: v + rng.gauss(0, 1) for q, v in base.items()}, base)["words"] == "inside noise"
 
 
 def lengthy(rng: random.Random, policies: dict[str, int], worth) -> list[dict]:
@@ -71,8 +80,8 @@ def lengthy(rng: random.Random, policies: dict[str, int], worth) -> list[dict]:
 def test_length_alone_gives_no_advantage_at_equal_length() -> None:
     by_length = lambda name, length: 1 / (1 + math.exp(-(length - 40) / 8))  # noqa: E731
     rows = lengthy(random.Random(0), {"short": 35, "long": 50}, by_length)
-    raw = {name: step5.mean_of([r for r in rows if r["policy"] == name], "excellent") for name in ("short", "long")}
-    fair = step5.excellence_at_equal_length(rows, ["short", "long"])
+    raw = {name: mean_of([r for r in rows if r["policy"] == name], "excellent") for name in ("short", "long")}
+    fair = excellence_at_equal_length(rows, ["short", "long"])
     assert raw["long"]["value"] - raw["short"]["value"] > 0.3
     assert abs(fair["long"]["value"] - fair["short"]["value"]) < 0.05
     assert fair["long"]["lo"] < fair["short"]["value"] < fair["long"]["hi"]
@@ -80,7 +89,7 @@ def test_length_alone_gives_no_advantage_at_equal_length() -> None:
 
 def test_what_is_not_length_stays_at_equal_length() -> None:
     rows = lengthy(random.Random(0), {"bad": 50, "good": 35}, lambda name, length: 0.8 if name == "good" else 0.4)
-    fair = step5.excellence_at_equal_length(rows, ["bad", "good"])
+    fair = excellence_at_equal_length(rows, ["bad", "good"])
     assert fair["good"]["value"] == pytest.approx(0.8, abs=0.05) and fair["bad"]["value"] == pytest.approx(
         0.4, abs=0.05
     )
@@ -94,7 +103,7 @@ def test_wins_by_length_alone_are_none_at_equal_length() -> None:
         compared.append(
             {"a": "long", "b": "short", "query_id": f"q{n}", "longer_by": gap, "outcome": won, "same": True}
         )
-    wins = step5.wins_of(compared, ["long", "short"])
+    wins = wins_of(compared, ["long", "short"])
     assert wins["judged"]["long"]["short"]["value"] > 0.65
     assert wins["judged"]["short"]["long"]["value"] == pytest.approx(1 - wins["judged"]["long"]["short"]["value"])
     assert abs(wins["at_equal_length"]["long"]["short"]["value"] - 0.5) < 0.07
@@ -106,14 +115,14 @@ def test_wins_count_ties_as_half_and_leave_failures_out() -> None:
         {"a": "x", "b": "y", "query_id": f"q{n}", "longer_by": 0, "outcome": o, "same": None if o is None else o != 0.5}
         for n, o in enumerate(outcomes)
     ]  # fmt: skip
-    wins = step5.wins_of(compared, ["x", "y"])
+    wins = wins_of(compared, ["x", "y"])
     assert wins["judged"]["x"]["y"]["value"] == 0.625 and wins["failed"] == 1 and wins["compared"] == 5
     assert wins["swap_consistency"]["value"] == 0.75 and wins["swap_consistency"]["n"] == 4
 
 
 def test_excellence_within_length_bands_by_hand() -> None:
     rows = [greeting("a", n, "字" * (10 + n), n % 2) for n in range(8)]
-    bands = step5.length_bands(rows, ["a"])
+    bands = length_bands(rows, ["a"])
     assert [(b["from"], b["to"]) for b in bands] == [(10, 11), (12, 13), (14, 15), (16, 17)]
     assert [b["a"]["value"] for b in bands] == [0.5] * 4 and sum(b["a"]["n"] for b in bands) == 8
 
@@ -135,33 +144,33 @@ def plain_self_bleu(texts: list[str]) -> float:
 def test_self_bleu_is_what_its_definition_gives() -> None:
     rng = random.Random(0)
     texts = ["".join(rng.choice("春夏秋冬风花雪月") for _ in range(rng.randint(3, 20))) for _ in range(30)]
-    assert step5.self_bleu(texts) == pytest.approx(plain_self_bleu(texts))
-    assert step5.self_bleu(["平安喜乐万事顺"] * 3) == pytest.approx(1.0)
+    assert self_bleu(texts) == pytest.approx(plain_self_bleu(texts))
+    assert self_bleu(["平安喜乐万事顺"] * 3) == pytest.approx(1.0)
     # Two of four characters, one of three pairs, no triple or quadruple: (2/4 * 1/3 * 0.1/2 * 0.1/1) ** 0.25.
-    assert step5.self_bleu(["春夏秋冬", "春夏风花"]) == pytest.approx((2 / 4 * 1 / 3 * 0.1 / 2 * 0.1) ** 0.25)
+    assert self_bleu(["春夏秋冬", "春夏风花"]) == pytest.approx((2 / 4 * 1 / 3 * 0.1 / 2 * 0.1) ** 0.25)
 
 
 def test_diversity_does_not_depend_on_how_much_was_written() -> None:
     rng = random.Random(0)
     texts = ["".join(rng.choices("日月水火木金土天地人山石田禾", k=20)) for _ in range(400)]
-    few, many = step5.diversity(texts[:100], 2000), step5.diversity(texts, 2000)
+    few, many = diversity(texts[:100], 2000), diversity(texts, 2000)
     assert few["distinct_2"] == pytest.approx(many["distinct_2"], rel=0.05)
-    assert step5.diversity(["春夏秋冬"], 4) == {"distinct_1": 1.0, "distinct_2": 1.0, "self_bleu": 0.0}
-    assert step5.diversity(["春春春春"], 4)["distinct_1"] == 0.25
-    assert step5.diversity(["春夏秋冬", "春夏秋冬"], 6)["distinct_1"] == round(4 / 6, 4)  # the second is cut at two
+    assert diversity(["春夏秋冬"], 4) == {"distinct_1": 1.0, "distinct_2": 1.0, "self_bleu": 0.0}
+    assert diversity(["春春春春"], 4)["distinct_1"] == 0.25
+    assert diversity(["春夏秋冬", "春夏秋冬"], 6)["distinct_1"] == round(4 / 6, 4)  # the second is cut at two
 
 
 def test_policy_figures_by_hand() -> None:
-    grades = dict.fromkeys(llm.WEIGHTS, 2)
+    grades = dict.fromkeys(WEIGHTS, 2)
     texts = ["万事如意，祝你明天比今天更加快乐健康。", "祝你平安。"]
     rows = [greeting("a", n, text, 1) | {"grades": grades, "quality": 2.0} for n, text in enumerate(texts)]
-    policy = step5.Policy("a", "base", Path("run/policy_rm"))
-    learnt = step5.runs_of_12(["他说：祝你明天比今天更加快乐健康。"])
-    found = step5.policy_figures(rows, policy, 20, learnt, ["万事如意"])
+    policy = Policy("a", "base", Path("run/policy_rm"))
+    learnt = runs_of_12(["他说：祝你明天比今天更加快乐健康。"])
+    found = policy_figures(rows, policy, 20, learnt, ["万事如意"])
     assert found["length"] == 12.0 and found["reward"] == "reward_model" and found["distinct_texts"] == 1.0
     assert found["cliches_per_100"] == round(100 / 24, 3) and found["copied_12"] == 0.5
     assert found["commonest_opening"][1] == 0.5 and found["dimensions"]["culture"] == 2
-    assert llm.weighted_mean({"language": 3, "creativity": 1, "emotion": 2, "culture": 2, "richness": 2}) == 2.0
+    assert weighted_mean({"language": 3, "creativity": 1, "emotion": 2, "culture": 2, "richness": 2}) == 2.0
 
 
 def test_cost_is_the_sum_of_the_steps_and_equal_cost_takes_the_point_reached(tmp_path: Path) -> None:
@@ -177,7 +186,7 @@ def test_cost_is_the_sum_of_the_steps_and_equal_cost_takes_the_point_reached(tmp
     rows = [greeting(name, n, "x", int(n < k)) for name, k in
             {"base": 2, "sft": 4, "grpo_rm": 6, "grpo_judge": 8}.items() for n in range(10)]  # fmt: skip
     graded = [{"route": "A", "at": 0.25, "query_id": f"q{n}", "excellent": int(n < 5)} for n in range(10)]
-    cost = step5.cost_figures(tmp_path, rows, graded)
+    cost = cost_figures(tmp_path, rows, graded)
     assert cost["totals"]["A"]["in all"] == {
         "completions": 120,
         "calls": 10,
@@ -203,7 +212,7 @@ def test_cost_is_the_sum_of_the_steps_and_equal_cost_takes_the_point_reached(tmp
 def asked(reply, one: str, other: str, tmp_path: Path) -> dict:
     async def ask() -> dict:
         with endpoint(reply) as server:
-            async with llm.Client(settings(server.url, attempts=1), tmp_path) as client:
+            async with Client(settings(server.url, attempts=1), tmp_path) as client:
                 pair = ({"id": i, "query": "祝福", "response": text} for i, text in enumerate((one, other)))
                 return await step5.compare(client, *pair, failures) | {"asked": len(server.asked)}
 
@@ -250,7 +259,7 @@ def test_agreement_is_scikit_learns_and_leaked_rows_stand_apart() -> None:
             row = labelled(n, label, text, part, excellent=said, judge=None if n % 4 == 0 else said)
             row |= {"leaked": ["sft"]} if n < 10 else {}
             rows.append(row | {"reward_model": label + rng.gauss(0, 0.5)})
-    found = step5.evaluate_evaluators(rows, [])
+    found = evaluate_evaluators(rows, [])
     clean = [r for r in rows if r["part"] == "test" and not r["leaked"]]
     labels, said = [r["label"] for r in clean], [r["excellent"] for r in clean]
     rubric = found["evaluators"]["rubric"]
@@ -273,14 +282,14 @@ def test_length_tells_nothing_where_lengths_are_balanced() -> None:
     rng = random.Random(0)
     rows = [labelled(n, label, "字" * rng.randint(*((28, 60) if label else (10, 40))), part)
             for n in range(1000) for label in (0, 1) for part in ["test" if n < 500 else "reflect"]]  # fmt: skip
-    found = step5.evaluate_evaluators(rows, [])
+    found = evaluate_evaluators(rows, [])
     even = found["evaluators_at_equal_length"]["null: length"]
     assert found["evaluators"]["null: length"]["kappa"] > 0.5 and abs(even["kappa"]) < 0.1 and even["n"] >= 200
     test = [r for r in rows if r["part"] == "test"]
-    kept = [test[i] for i in step5.balanced(test)]
+    kept = [test[i] for i in balanced(test)]
     assert sum(r["label"] for r in kept) * 2 == len(kept) == even["n"]
     for good, bad in zip(kept[::2], kept[1::2], strict=True):
-        assert abs(len(good["response"]) - len(bad["response"])) <= step5.NEAR
+        assert abs(len(good["response"]) - len(bad["response"])) <= NEAR
 
 
 def test_rows_that_the_run_learnt_from_are_found_where_they_stand(tmp_path: Path) -> None:
@@ -298,14 +307,14 @@ def test_rows_that_the_run_learnt_from_are_found_where_they_stand(tmp_path: Path
     ):
         (tmp_path / f"{step}.json").write_text(json.dumps({"settings": {name: str(tmp_path / f"{file}.jsonl")}}))
     args = argparse.Namespace(run=tmp_path, labelled=ROOT / "data/labelled.jsonl", seed=0)
-    found = {r["response"]: r["leaked"] for r in step5.labelled_rows(args)}
+    found = {r["response"]: r["leaked"] for r in labelled_rows(args)}
     assert [found[text] for text in texts] == [["preferences", "sft"], ["preferences"], ["references"], []]
     assert sum(map(bool, found.values())) == 3
     # Step 3 has split other rows: those that it has looked at leaked, those of its test part did not.
     (tmp_path / "03_summary.json").write_text(json.dumps({"settings": {"labelled": str(args.labelled), "seed": 0}}))
     args.labelled = tmp_path / "again.jsonl"
     write(args.labelled, [r | {"note": "the same rows in another file"} for r in rows])
-    by_step_3 = [r for r in step5.labelled_rows(args) if "labelled rows of step 3" in r["leaked"]]
+    by_step_3 = [r for r in labelled_rows(args) if "labelled rows of step 3" in r["leaked"]]
     assert {r["part"] for r in by_step_3} == {"reflect", "validation"} and len(by_step_3) > 300
 
 
@@ -321,19 +330,19 @@ def test_alpha_is_krippendorffs_own_example() -> None:
         [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, 0],
     ]
     ratings = [(f"rater {r}", f"{i:02}", v) for r, row in enumerate(table) for i, v in enumerate(row) if v]
-    assert step5.alpha(ratings, "nominal") == pytest.approx(0.743, abs=5e-4)
-    assert step5.alpha(ratings, "ordinal") == pytest.approx(0.815, abs=5e-4)
-    assert step5.alpha([r for r in ratings if r[0] == "rater 0"], "nominal") is None
-    assert step5.alpha([("a", "1", 2), ("b", "1", 2)], "nominal") is None
+    assert alpha(ratings, "nominal") == pytest.approx(0.743, abs=5e-4)
+    assert alpha(ratings, "ordinal") == pytest.approx(0.815, abs=5e-4)
+    assert alpha([r for r in ratings if r[0] == "rater 0"], "nominal") is None
+    assert alpha([("a", "1", 2), ("b", "1", 2)], "nominal") is None
 
 
 def rating(row: dict, rater: str, run: str, grade: int, **changed) -> dict:
-    return {"id": row["id"], "run": run, "rater": rater, "grades": dict.fromkeys(llm.WEIGHTS, grade) | changed}
+    return {"id": row["id"], "run": run, "rater": rater, "grades": dict.fromkeys(WEIGHTS, grade) | changed}
 
 
 def test_ratings_are_joined_by_id_and_half_finished_ones_left_out(tmp_path: Path) -> None:
     rows = [greeting(name, n, f"{name}祝{n}", 1) | {"judge": n % 2} for name in ("a", "b") for n in range(3)]
-    run = step5.fingerprint(rows)
+    run = fingerprint(rows)
     saved = [rating(r, who, run, 3 if r["policy"] == "a" else 1) for r in rows[:5] for who in ("甲", "乙")]
     saved += [rating(rows[5], "甲", run, 2, culture=None)]
     pair = {"id": "p", "run": run, "one": rows[0]["id"], "other": rows[3]["id"]}
@@ -343,7 +352,7 @@ def test_ratings_are_joined_by_id_and_half_finished_ones_left_out(tmp_path: Path
     args = SimpleNamespace(annotations=[tmp_path / "first.jsonl", tmp_path / "second.jsonl"], run=tmp_path)
     given = [labelled(n, n % 2, "字" * (20 + n % 5), "reflect") for n in range(40)]
     compared = [{"one": rows[3]["id"], "other": rows[0]["id"], "outcome": 0.0}]
-    people = step5.join_people(step5.read_ratings(args, rows), rows, compared, given, ["a", "b"])
+    people = join_people(read_ratings(args, rows), rows, compared, given, ["a", "b"])
     assert (people["raters"], people["ratings"], people["pairs"], people["half_finished"]) == (2, 10, 2, 1)
     assert people["alpha"]["excellent"] == 1.0 and people["alpha"]["language"] == 1.0
     assert [r.get("human_excellent") for r in rows] == [1, 1, 1, 0, 0, None]
@@ -355,10 +364,10 @@ def test_ratings_are_joined_by_id_and_half_finished_ones_left_out(tmp_path: Path
 @pytest.mark.parametrize("spoilt", [{"run": "another"}, {"id": "nobody"}])
 def test_ratings_of_another_run_are_named(tmp_path: Path, capsys, spoilt: dict) -> None:
     rows = [greeting("a", n, f"祝{n}", 1) for n in range(2)]
-    saved = [rating(r, "甲", step5.fingerprint(rows), 3) for r in rows]
+    saved = [rating(r, "甲", fingerprint(rows), 3) for r in rows]
     write(tmp_path / "saved.jsonl", [saved[0], saved[1] | spoilt])
     with pytest.raises(SystemExit):
-        step5.read_ratings(SimpleNamespace(annotations=[tmp_path / "saved.jsonl"], run=tmp_path), rows)
+        read_ratings(SimpleNamespace(annotations=[tmp_path / "saved.jsonl"], run=tmp_path), rows)
     assert f"{tmp_path / 'saved.jsonl'}:2: rated on the page of another run" in capsys.readouterr().err
 
 
@@ -369,7 +378,7 @@ def test_the_rating_page_is_blind_and_shuffled() -> None:
         for n in range(20)
     ]
     args = SimpleNamespace(seed=0, annotate=10)
-    page = step5.rating_page(args, rows, [f"q{n}" for n in range(20)])
+    page = rating_page(args, rows, [f"q{n}" for n in range(20)])
     assert len(page["greetings"]) == 20 and len(page["pairs"]) == 10
     assert "base" not in json.dumps(page) and "grpo" not in json.dumps(page)
     first = [p["one"][0] for p in page["pairs"]]
@@ -532,7 +541,7 @@ def test_steps_that_are_run_again_get_the_prices_and_what_is_left_to_spend(tmp_p
         (tmp_path / "ablations/other", (1_000, 0)),
         (tmp_path / "evaluators", (99, 99)),
     ):
-        store = llm.Store(folder / "answers.sqlite")
+        store = Store(folder / "answers.sqlite")
         store.end(store.begin("judge"), "judge", "ok", tokens)
     command = step5.step_command(args, "01_curate_preferences.py", tmp_path / "evaluators")
     given = {flag: command[command.index(flag) + 1] for flag in ("--price-in", "--price-out", "--budget")}

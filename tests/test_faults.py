@@ -17,8 +17,8 @@ from conftest import ROOT, lines
 from endpoint import Reply, Served, chat, critic, endpoint, raw, status
 from test_llm import HOSTILE, KEY, data_of
 
-from common import offline
-from common.llm import PROMPTS
+from common.offline.critic import ROLES, answer
+from common.prompts import PROMPTS
 
 SCRIPT = "01_curate_preferences.py"
 QUERIES = [json.loads(line)["query"] for line in (ROOT / "data/queries.jsonl").open(encoding="utf-8")][:10]
@@ -223,14 +223,14 @@ def test_one_greeting_that_fails_leaves_its_neighbours_alone(
 
 @pytest.mark.parametrize("refuses", [True, False], ids=["refused", "ignored"])
 def test_an_endpoint_without_schemas_will_do(server: Served, tmp_path: Path, refuses: bool) -> None:
-    openings = {role: (PROMPTS / f"{role}.md").read_text(encoding="utf-8").splitlines()[0] for role in offline.ROLES}
+    openings = {role: (PROMPTS / f"{role}.md").read_text(encoding="utf-8").splitlines()[0] for role in ROLES}
 
     def plain(request: dict) -> Reply:
         if refuses and "response_format" in request:
             return status(422, "extra fields not permitted: response_format")
         system = request["messages"][0]["content"]
         (role,) = (role for role, opening in openings.items() if system.startswith(opening))
-        said = json.dumps(offline.answer(role, request["messages"]), ensure_ascii=False)
+        said = json.dumps(answer(role, request["messages"]), ensure_ascii=False)
         return chat(f"想好了，结论如下。\n\n```json\n{said}\n```\n\n以上。")
 
     server.replies[:] = [plain]

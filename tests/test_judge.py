@@ -14,8 +14,8 @@ from conftest import ROOT, lines, run_script
 from endpoint import TOKENS, Reply, Served, chat, critic, endpoint, spelled, status
 from test_llm import data_of
 
-from common.llm import read_rules
-from common.offline import tiny_policy
+from common.offline.tiny_model import tiny_policy
+from common.prompts import read_rules
 from common.records import Labelled, read, split_labelled
 
 SCRIPT = "03_refine_judge.py"

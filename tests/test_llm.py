@@ -13,20 +13,26 @@ from pathlib import Path
 import pytest
 from endpoint import Reply, Served, chat, endpoint, raw, settings, spelled, status
 
-from common import llm
-from common.records import ROOT
+from common import client, throttle
+from common.answers import FlawedGreeting, Grades, Lesson, Points, Preferred, Rules, Unusable, Verdict
+from common.client import Client
+from common.judge import judge
+from common.prompts import PROMPTS, read_rules, render
+from common.run_folder import ROOT
+from common.store import Store
+from common.throttle import Throttle
 
 SEEN = {"query": "祝福妈妈 母亲节", "response": "妈妈，愿你“平安”🎉。"}
 EXAMPLES = {"examples": [{"query": "教师节", "response": "老师，节日快乐。"}]}
 DEBATE = SEEN | EXAMPLES | {"positive": ["真诚"], "negative": ["套话 <b>"]}
 VERDICT = {"reason": "有套话", "verdict": 0}
 ROLES = {  # role: (the slots that stand in its <data>, the schema of its answer)
-    "positive": (SEEN | EXAMPLES, llm.Points), "negative": (SEEN | EXAMPLES, llm.Points),
-    "judge": (DEBATE, llm.Verdict), "reflect": (DEBATE | {"judge": VERDICT}, llm.Verdict),
-    "detector": (SEEN, llm.Verdict), "reflector": (SEEN | VERDICT | {"expected": 1}, llm.Lesson),
-    "generator": (EXAMPLES | {"query": "教师节", "strategy": "打乱词序"}, llm.FlawedGreeting),
-    "optimiser": ({"kind": "准则", "rules": ["通顺"], "feedback": ["补上：套话"]}, llm.Rules),
-    "rubric": (SEEN, llm.Grades), "pairwise": ({"query": "教师节", "A": "老师好。", "B": "桃李满园。"}, llm.Preferred),
+    "positive": (SEEN | EXAMPLES, Points), "negative": (SEEN | EXAMPLES, Points),
+    "judge": (DEBATE, Verdict), "reflect": (DEBATE | {"judge": VERDICT}, Verdict),
+    "detector": (SEEN, Verdict), "reflector": (SEEN | VERDICT | {"expected": 1}, Lesson),
+    "generator": (EXAMPLES | {"query": "教师节", "strategy": "打乱词序"}, FlawedGreeting),
+    "optimiser": ({"kind": "准则", "rules": ["通顺"], "feedback": ["补上：套话"]}, Rules),
+    "rubric": (SEEN, Grades), "pairwise": ({"query": "教师节", "A": "老师好。", "B": "桃李满园。"}, Preferred),
 }  # fmt: skip
 LISTED = {"principles": ["语言通顺", "情感真挚"]}  # stands above the data, in two roles
 SLOTS = {role: data | (LISTED if role in ("detector", "reflector") else {}) for role, (data, _) in ROLES.items()}
@@ -56,15 +62,15 @@ def data_of(messages: list[dict[str, str]]) -> object:
 
 def test_every_prompt_file_is_a_role_or_a_list_of_rules() -> None:
     lists = {"principles", "strategies"}
-    assert {p.stem for p in llm.PROMPTS.glob("*.md")} == SLOTS.keys() | lists
-    assert all(llm.read_rules(llm.PROMPTS / f"{name}.md") for name in lists)
-    assert llm.render("policy", query="教师节") == [{"role": "user", "content": "请只生成一条祝福语：教师节"}]
+    assert {p.stem for p in PROMPTS.glob("*.md")} == SLOTS.keys() | lists
+    assert all(read_rules(PROMPTS / f"{name}.md") for name in lists)
+    assert render("policy", query="教师节") == [{"role": "user", "content": "请只生成一条祝福语：教师节"}]
 
 
 @pytest.mark.parametrize("role", ROLES)
 def test_a_prompt_holds_its_slots_and_names_the_keys_of_its_answer(role: str) -> None:
     data, answer = ROLES[role]
-    system, user = llm.render(role, **SLOTS[role])
+    system, user = render(role, **SLOTS[role])
     assert (system["role"], user["role"], data_of([system, user])) == ("system", "user", data)
     assert all(f'"{key}"' in user["content"].split("</data>")[1] for key in answer.model_fields)
     assert ("1. 语言通顺\n2. 情感真挚\n" in system["content"]) == ("principles" in SLOTS[role])
@@ -73,7 +79,7 @@ def test_a_prompt_holds_its_slots_and_names_the_keys_of_its_answer(role: str) ->
 @pytest.mark.parametrize(("role", "slot"), [(role, slot) for role in SLOTS for slot in SLOTS[role]])
 def test_a_missing_slot_is_named_with_its_file(capsys: pytest.CaptureFixture[str], role: str, slot: str) -> None:
     with pytest.raises(SystemExit) as end:
-        llm.render(role, **{name: value for name, value in SLOTS[role].items() if name != slot})
+        render(role, **{name: value for name, value in SLOTS[role].items() if name != slot})
     line = capsys.readouterr().err
     assert end.value.code == 2 and line.count("\n") == 1
     assert f"{role}.md" in line and slot in line.split(f"{role}.md")[1]
@@ -83,8 +89,8 @@ def test_a_missing_slot_is_named_with_its_file(capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize("role", [role for role, (data, _) in ROLES.items() if "response" in data])
 def test_what_is_judged_stays_inside_data(role: str, text: str) -> None:
     hostile = {"query": text, "response": text}
-    system, user = llm.render(role, **SLOTS[role] | hostile)
-    assert data_of([system, user]) == ROLES[role][0] | hostile and system == llm.render(role, **SLOTS[role])[0]
+    system, user = render(role, **SLOTS[role] | hostile)
+    assert data_of([system, user]) == ROLES[role][0] | hostile and system == render(role, **SLOTS[role])[0]
 
 
 class Clock:
@@ -109,7 +115,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
         await sleep(0)
         found.now = max(found.now, until)
 
-    monkeypatch.setattr(llm, "time", found)
+    monkeypatch.setattr(client, "time", found)
+    monkeypatch.setattr(throttle, "time", found)
     monkeypatch.setattr(asyncio, "sleep", nap)
     return found
 
@@ -122,19 +129,19 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
         yield served
 
 
-def ask(url: str, run: Path, *questions: dict, **changed: object) -> list[llm.Verdict]:
+def ask(url: str, run: Path, *questions: dict, **changed: object) -> list[Verdict]:
     """The verdicts on some questions asked at once; each differs from the usual one, and the settings, as given."""
 
-    async def asking() -> list[llm.Verdict]:
-        async with llm.Client(settings(url, **changed), run) as client:
+    async def asking() -> list[Verdict]:
+        async with Client(settings(url, **changed), run) as client:
             slots = [SLOTS["detector"] | question for question in questions or [{}]]
-            return await asyncio.gather(*(client.ask("detector", llm.Verdict, **s) for s in slots))
+            return await asyncio.gather(*(client.ask("detector", Verdict, **s) for s in slots))
 
     return asyncio.run(asking())
 
 
 def ledger(run: Path) -> dict:
-    return llm.Store(run / "answers.sqlite").ledger(["detector"])
+    return Store(run / "answers.sqlite").ledger(["detector"])
 
 
 def test_an_answer_is_paid_for_once(server: Served, tmp_path: Path) -> None:
@@ -143,8 +150,8 @@ def test_an_answer_is_paid_for_once(server: Served, tmp_path: Path) -> None:
         assert (verdict.reason, verdict.verdict, verdict.tokens) == ("好 <ok>", 1, (11, 7))
     (request,) = server.asked
     assert (request["model"], request["temperature"], request["seed"]) == ("m", 0.0, 0)
-    assert request["messages"] == llm.render("detector", **SLOTS["detector"])
-    assert request["response_format"]["json_schema"]["schema"] == llm.Verdict.model_json_schema()
+    assert request["messages"] == render("detector", **SLOTS["detector"])
+    assert request["response_format"]["json_schema"]["schema"] == Verdict.model_json_schema()
     assert set(server.keys) == {f"Bearer {KEY}"}
 
 
@@ -192,7 +199,7 @@ def test_a_429_holds_everybody_and_halves_what_is_under_way(
 
 
 def test_a_throttle_recovers_and_forgets_nobody(clock: Clock) -> None:
-    throttle, most = llm.Throttle(8), []
+    throttle, most = Throttle(8), []
 
     async def one() -> None:
         async with throttle:
@@ -228,7 +235,7 @@ def test_a_throttle_recovers_and_forgets_nobody(clock: Clock) -> None:
 )  # fmt: skip
 def test_no_answer_is_unusable(server: Served, tmp_path: Path, reply: Reply, reason: str, requests: int) -> None:
     server.replies[:] = [reply]
-    with pytest.raises(llm.Unusable) as end:
+    with pytest.raises(Unusable) as end:
         ask(server.url, tmp_path)
     assert (str(end.value), len(server.asked), ledger(tmp_path)["outcomes"]) == (reason, requests, {reason: requests})
     server.replies[:] = [GOOD]
@@ -238,7 +245,7 @@ def test_no_answer_is_unusable(server: Served, tmp_path: Path, reply: Reply, rea
 @pytest.mark.parametrize("body", [b"<html>", b'{"choices": [', b"", b"null", chat([{"text": "1"}]).body])
 def test_a_success_that_is_no_chat_completion_is_unusable(server: Served, tmp_path: Path, body: bytes) -> None:
     server.replies[:] = [raw(body, "text/html" if body == b"<html>" else "application/json")]
-    with pytest.raises(llm.Unusable):
+    with pytest.raises(Unusable):
         ask(server.url, tmp_path)
     assert ledger(tmp_path)["retries"] == len(server.asked) <= 5
 
@@ -266,7 +273,7 @@ def test_an_endpoint_that_refuses_schemas_is_asked_without(
 
 def test_a_refusal_of_schemas_where_none_was_sent_is_the_end(server: Served, tmp_path: Path) -> None:
     server.replies[:] = [NO_FORMAT]
-    with pytest.raises(llm.Unusable):
+    with pytest.raises(Unusable):
         ask(server.url, tmp_path)
     assert len(server.asked) == 2
 
@@ -285,7 +292,7 @@ def test_json_fenced_in_prose_is_taken_where_there_is_one(
 ) -> None:
     server.replies[:] = [chat(text)]
     if verdict is None:
-        with pytest.raises(llm.Unusable, match=NO_JSON):
+        with pytest.raises(Unusable, match=NO_JSON):
             ask(server.url, tmp_path)
     else:
         assert ask(server.url, tmp_path)[0].verdict == verdict
@@ -302,8 +309,8 @@ def test_a_question_that_failed_is_not_asked_again_by_its_twin(server: Served, t
     server.replies[:] = [status(400)]
 
     async def twice() -> list:
-        async with llm.Client(settings(server.url), tmp_path) as client:
-            asking = (client.ask("detector", llm.Verdict, **SLOTS["detector"]) for _ in range(2))
+        async with Client(settings(server.url), tmp_path) as client:
+            asking = (client.ask("detector", Verdict, **SLOTS["detector"]) for _ in range(2))
             return await asyncio.gather(*asking, return_exceptions=True)
 
     assert [str(e) for e in asyncio.run(twice())] == ["HTTP 400"] * 2 and len(server.asked) == 1
@@ -325,7 +332,7 @@ def test_a_budget_stops_the_run_and_keeps_what_was_bought(
 def test_a_slow_answer_is_a_timeout(server: Served, tmp_path: Path, drip: float) -> None:
     server.dwell = 0.0 if drip else 3.0
     server.replies[:] = [replace(GOOD, drip=drip)]  # whole after five seconds
-    with pytest.raises(llm.Unusable, match="timeout"):
+    with pytest.raises(Unusable, match="timeout"):
         ask(server.url, tmp_path, timeout=1.0, attempts=1)
 
 
@@ -349,7 +356,7 @@ def test_the_ledger_equals_what_the_endpoint_counted(server: Served, tmp_path: P
     assert (found["calls"], found["retries"]) == (len(server.asked), 4) == (8, 4)
     assert (found["input_tokens"], found["output_tokens"]) == server.billed
     assert found["outcomes"] == {"HTTP 500": 1, NO_JSON: 1, "rate limit": 1, "empty": 1, "ok": 4}
-    assert llm.Store(tmp_path / "answers.sqlite").ledger(["judge"])["calls"] == 0
+    assert Store(tmp_path / "answers.sqlite").ledger(["judge"])["calls"] == 0
 
 
 @pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": 5}])
@@ -396,12 +403,12 @@ def test_the_majority_of_the_votes_counts(
 
     server.replies[:] = [by_sample]
 
-    async def judging() -> llm.Verdict:
-        async with llm.Client(settings(server.url, votes=3), tmp_path) as client:
-            return await llm.judge(client, "教师节", "老师好。", ["通顺"])
+    async def judging() -> Verdict:
+        async with Client(settings(server.url, votes=3), tmp_path) as client:
+            return await judge(client, "教师节", "老师好。", ["通顺"])
 
     if majority is None:
-        with pytest.raises(llm.Unusable, match="HTTP 400"):
+        with pytest.raises(Unusable, match="HTTP 400"):
             asyncio.run(judging())
     else:
         assert asyncio.run(judging()).verdict == majority
@@ -412,12 +419,12 @@ HEAD = (b'{"reason": "', "好".encode()[:2], "好".encode()[2:], b'", "')
 DIGIT = {"1": 0.6, "0": 0.2, "2": 0.1}
 
 
-def judged(url: str, run: Path, count: int = 1, **changed: object) -> list[llm.Verdict | llm.Unusable]:
+def judged(url: str, run: Path, count: int = 1, **changed: object) -> list[Verdict | Unusable]:
     """What the judge says of `count` greetings, asked at once."""
 
     async def judging() -> list:
-        async with llm.Client(settings(url, **changed), run) as client:
-            asking = (llm.judge(client, "教师节", f"老师好{n}。", ["通顺"]) for n in range(count))
+        async with Client(settings(url, **changed), run) as client:
+            asking = (judge(client, "教师节", f"老师好{n}。", ["通顺"]) for n in range(count))
             return await asyncio.gather(*asking, return_exceptions=True)
 
     return asyncio.run(judging())
@@ -448,7 +455,7 @@ def test_a_grade_is_the_probability_of_the_verdict(server: Served, tmp_path: Pat
         )
     (request,) = server.asked
     assert request["logprobs"] is True and request["top_logprobs"] == 20
-    assert request["response_format"]["json_schema"]["schema"] == llm.Verdict.model_json_schema()
+    assert request["response_format"]["json_schema"]["schema"] == Verdict.model_json_schema()
 
 
 def without(**changed: object) -> Reply:
@@ -484,7 +491,7 @@ def test_graded_and_ungraded_answers_are_kept_apart(server: Served, tmp_path: Pa
     for _ in range(2):
         (plain,) = judged(server.url, tmp_path)
         (graded,) = judged(server.url, tmp_path, graded=True)
-        assert type(plain) is llm.Verdict and plain.reward == 1.0 and graded.reward == pytest.approx(0.75)
+        assert type(plain) is Verdict and plain.reward == 1.0 and graded.reward == pytest.approx(0.75)
     assert ["logprobs" in request for request in server.asked] == [False, True]
     server.replies[:] = [chat('{"reason": "好", "verdict": 1, "grade": 0.9}')]  # a grade is nothing a model may claim
     assert "not the JSON" in str(judged(server.url, tmp_path, graded=True, seed=7)[0])
@@ -506,9 +513,9 @@ def test_a_refusal_stops_the_judge_whatever_else_failed(server: Served, tmp_path
     server.replies[:] = [lambda request: replies[request["seed"]]]
     with pytest.raises(SystemExit) as end:
 
-        async def judging() -> llm.Verdict:
-            async with llm.Client(settings(server.url, votes=3), tmp_path) as client:
-                return await llm.judge(client, "教师节", "老师好。", ["通顺"])
+        async def judging() -> Verdict:
+            async with Client(settings(server.url, votes=3), tmp_path) as client:
+                return await judge(client, "教师节", "老师好。", ["通顺"])
 
         asyncio.run(judging())
     assert end.value.code == 2

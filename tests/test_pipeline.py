@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, lines, run_script
 
+from common.offline.tiny_model import tiny_policy
+from common.policy import load_tokenizer
 from common.records import Demonstration, Judgement, Preference, read
+from common.trainers import trainer_settings
 
 SCRIPTS = sorted(p.name for p in ROOT.glob("0?_*.py"))
 
@@ -174,16 +177,12 @@ def test_trl_takes_the_preferences_as_they_are(run: Path, tmp_path: Path) -> Non
     from transformers import AutoModelForSequenceClassification
     from trl import RewardConfig, RewardTrainer
 
-    from common import models, offline
-
     dataset = load_dataset("json", data_files=str(run / "preferences.jsonl"), split="train", cache_dir=str(tmp_path))
-    base = str(offline.tiny_policy())
-    config = RewardConfig(
-        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, **models.trainer_settings(16)
-    )
+    base = str(tiny_policy())
+    config = RewardConfig(output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, **trainer_settings(16))
     trainer = RewardTrainer(
         model=AutoModelForSequenceClassification.from_pretrained(base, num_labels=1), args=config,
-        processing_class=models.load_tokenizer(base), train_dataset=dataset,
+        processing_class=load_tokenizer(base), train_dataset=dataset,
     )  # fmt: skip
     trainer.train()
     assert trainer.state.global_step == 2

@@ -16,8 +16,13 @@ import pytest
 from conftest import ROOT, lines, run_script
 from endpoint import Reply, chat, critic, endpoint, settings, status
 
-from common import llm, models, offline
+from common import rewards
+from common.offline.tiny_model import tiny_policy
+from common.policy import load_policy
+from common.prompts import PROMPTS
 from common.records import Query
+from common.rewards import RewardModel, Rewards
+from common.run_folder import Refused
 
 grpo = importlib.import_module("04_grpo")
 GOOD = "愿你今晚的灯火暖而不晃，推门就有人喊你的名字。"
@@ -43,7 +48,7 @@ def flags(folder: Path, *more: object) -> list[str]:
 @pytest.fixture
 def judged(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable]:
     """judged(texts, *replies) -> (rewards, metrics, what the endpoint served) of one step of --reward judge."""
-    monkeypatch.setattr(grpo, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(rewards, "PAUSES", (0.0, 0.0))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
     def step(texts: list[str], *replies: Reply | Callable, dwell: float = 0.0, **changed: object):
@@ -54,7 +59,7 @@ def judged(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
             args = settings(served.url, **usual | {"judge_weight": 0.5, "length_penalty": 0.0} | changed)
 
             async def rewards() -> list[float | None]:
-                found = grpo.Rewards(args, "")
+                found = Rewards(args, "")
                 async with found.client:
                     return await found(
                         [[{"content": text}] for text in texts], ["生日祝福"] * len(texts),
@@ -97,7 +102,7 @@ def test_a_few_failures_give_no_signal_and_are_counted(judged: Callable, tmp_pat
 
 
 def test_mostly_failures_stop_the_run(judged: Callable) -> None:
-    with pytest.raises((SystemExit, llm.Refused)):
+    with pytest.raises((SystemExit, Refused)):
         judged([f"第{n}盏灯{GOOD}" for n in range(10)], status(400))
 
 
@@ -125,7 +130,7 @@ def test_nothing_written_earns_nothing_and_is_not_asked(judged: Callable) -> Non
 
 def test_a_reward_that_is_no_number_is_no_reward(judged: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        grpo.Rewards, "judged", lambda self, q, text: asyncio.sleep(0, (float("nan") if "一" in text else 1.0, ""))
+        Rewards, "judged", lambda self, q, text: asyncio.sleep(0, (float("nan") if "一" in text else 1.0, ""))
     )
     rewards, metrics, _ = judged(["一", "二", "三", "四", "五"], critic)
     assert rewards == [None, 1.0, 1.0, 1.0, 1.0] and metrics["failed_judgements"] == 1
@@ -182,7 +187,7 @@ def test_both_rewards_are_weighted(folder: Path) -> None:
     done = run_script("04_grpo.py", *flags(folder, "--reward", "both", "--steps", 1, "--judge-weight", 0.25))
     assert done.returncode == 0, done.stderr
     rows = lines(folder / "rollouts_both.jsonl")
-    rm = models.RewardModel(folder / "rm", str(offline.tiny_policy()), 16, llm.PROMPTS)
+    rm = RewardModel(folder / "rm", str(tiny_policy()), 16, PROMPTS)
     rows = [row for row in rows if row["response"].strip()]
     for row, score in zip(rows, rm.score([(r["query"], r["response"]) for r in rows]), strict=True):
         rest = row["reward"] - 0.75 * score
@@ -194,12 +199,12 @@ def test_the_merged_model_is_base_and_adapter(folder: Path, tmp_path: Path) -> N
     from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
 
-    base, weights = str(offline.tiny_policy()), folder / "policy_sft" / "adapter_model.safetensors"
+    base, weights = str(tiny_policy()), folder / "policy_sft" / "adapter_model.safetensors"
     rng = torch.Generator().manual_seed(0)
     trained = {name: torch.randn(w.shape, generator=rng) * 0.1 for name, w in load_file(weights).items()}
     save_file(trained, weights, metadata={"format": "pt"})
     grpo.merge(argparse.Namespace(bits=16, run=folder, name="policy_sft", merge=tmp_path / "merged"), base)
-    model, tokenizer = models.load_policy(base, 16, folder / "policy_sft")
+    model, tokenizer = load_policy(base, 16, folder / "policy_sft")
     one = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     ids = tokenizer(GOOD, return_tensors="pt")
     with torch.no_grad():
@@ -216,9 +221,9 @@ def test_the_merged_model_is_base_and_adapter(folder: Path, tmp_path: Path) -> N
 def look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float], list[float]], dict]:
     """look(grades, rewards so far) -> the row of a look at texts with these grades."""
     args = argparse.Namespace(seed=0, watch_queries=40, reward="rm", run=tmp_path, temperature=1.0, max_tokens=8,
-                              batch_size_generate=8, prompts=llm.PROMPTS)  # fmt: skip
+                              batch_size_generate=8, prompts=PROMPTS)  # fmt: skip
     watch = grpo.Watch(args, [Query(query=f"问{n}") for n in range(40)])
-    monkeypatch.setattr(models, "generate", lambda *a, **k: [""] * 40)
+    monkeypatch.setattr(grpo, "generate", lambda *a, **k: [""] * 40)
     step = iter(range(100))
 
     def once(grades: list[float], rewards: list[float]) -> dict:
@@ -289,5 +294,5 @@ def test_a_policy_has_a_card_that_says_what_it_is(run: Path) -> None:
     card = (run / "policy_judge/README.md").read_text(encoding="utf-8")
     summary = json.loads((run / "04_summary_judge.json").read_text())
     assert f"its reward went from {summary['reward']['first']:.3f} to\n{summary['reward']['last']:.3f}" in card
-    assert f"base_model: {offline.tiny_policy()}" in card and "请只生成一条祝福语：..." in card
+    assert f"base_model: {tiny_policy()}" in card and "请只生成一条祝福语：..." in card
     assert "Model Card for Model ID" not in card and not (run / "policy_judge/README.md.tmp").exists()

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from sklearn.metrics import accuracy_score, cohen_kappa_score, f1_score, precision_score, recall_score
 
-from common import records
-from common.records import Appender, Candidate, Labelled, Preference, Query, Stage, agreement, rate, read, write
+from common import run_folder
+from common.records import PARTS, Appender, Candidate, Labelled, Preference, Query, read, split_labelled, write
+from common.run_folder import ROOT, Stage, digest, open_run
+from common.stats import agreement, rate
 
 GREETINGS = [Candidate(query=f"祝福 {n}", response=f"第{n}句：愿你“平安”喜乐 🎉，万事如意。") for n in range(3)]
 SIX = b"".join(b'{"query": "%d"}\n' % n for n in range(6))
@@ -71,7 +73,7 @@ def test_read_keeps_unknown_keys_given_ids_and_order_and_skips_blank_lines_and_b
 def test_ids_are_stable_and_differ_with_content() -> None:
     assert Query(query="母亲节").id == Query(query=" 母亲节\n", occasion="节日", mine=1).id == "200c446f220c59c8"
     texts = [("a", "b"), ("ab", ""), ("", "ab"), ("a", "c"), ("b", "a"), ("a", "b ")]
-    assert len({records.digest(*pair) for pair in texts}) == len(texts)
+    assert len({digest(*pair) for pair in texts}) == len(texts)
     assert len({Candidate(query=q, response=r).id for q in "ab" for r in "cd"} | {Query(query=q).id for q in "ab"}) == 6
     said = [[{"role": "assistant", "content": c}] for c in "ab"]
     pair = {"prompt": [{"role": "user", "content": "q"}], "chosen": said[0], "rejected": said[1]}
@@ -151,7 +153,7 @@ def test_changed_settings_stop_a_stage_and_change_nothing(tmp_path: Path, refusa
 
 
 def test_redo_moves_the_old_outputs_and_settings_to_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records.time, "strftime", lambda *a: "20250101-000000")  # also a second redo in one second
+    monkeypatch.setattr(run_folder.time, "strftime", lambda *a: "20250101-000000")  # also a second redo in one second
     make_stage(tmp_path, "first")
     for number, text in ((8, "second"), (16, "third")):
         assert not reopen(tmp_path, redo=True, samples=number).done
@@ -192,12 +194,12 @@ def test_a_stage_whose_outputs_were_lost_is_not_done_until_it_is_finished_again(
 def test_a_second_process_is_refused_while_the_first_holds_the_run_folder(tmp_path: Path) -> None:
     code = "import sys; from pathlib import Path; from common.records import open_run; open_run(Path(sys.argv[1]))"
     command = [sys.executable, "-c", code, str(tmp_path / "run")]
-    records.open_run(tmp_path / "run")
-    refused = subprocess.run(command, cwd=records.ROOT, capture_output=True, text=True)
-    records.open_run.held.close()
+    open_run(tmp_path / "run")
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    open_run.held.close()
     assert refused.returncode == 2 and not refused.stdout and refused.stderr.count("\n") == 1
     assert str(tmp_path / "run") in refused.stderr and "--run" in refused.stderr
-    assert subprocess.run(command, cwd=records.ROOT).returncode == 0
+    assert subprocess.run(command, cwd=ROOT).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -245,15 +247,15 @@ def labelled(queries: int) -> list[Labelled]:
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_split_labelled_keeps_a_query_in_one_part_whatever_the_order(seed: int) -> None:
     rows = labelled(200)
-    parts = records.split_labelled(rows, seed)
+    parts = split_labelled(rows, seed)
     assert sorted(r.id for part in parts.values() for r in part) == sorted(r.id for r in rows)
     assert len({(name, r.query) for name, part in parts.items() for r in part}) == 200
-    assert {name: part[::-1] for name, part in records.split_labelled(rows[::-1], seed).items()} == parts
-    assert records.split_labelled(rows, seed + 1) != parts
-    assert all(abs(len(parts[name]) / len(rows) - share) < 0.15 for name, share in records.PARTS.items())
+    assert {name: part[::-1] for name, part in split_labelled(rows[::-1], seed).items()} == parts
+    assert split_labelled(rows, seed + 1) != parts
+    assert all(abs(len(parts[name]) / len(rows) - share) < 0.15 for name, share in PARTS.items())
 
 
 @pytest.mark.parametrize("rows", [[], labelled(20), [r for r in labelled(400) if r.label]])
 def test_split_labelled_refuses_too_few_rows_or_labels(refusal: Refusal, rows: list) -> None:
-    line = refusal(lambda: records.split_labelled(rows, 0))
+    line = refusal(lambda: split_labelled(rows, 0))
     assert "reflect part" in line and "at least 30, of both labels" in line and "add rows" in line

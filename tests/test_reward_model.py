@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, lines, run_script
 
-from common import models
+from common import rewards
 from common.records import Preference, Reference, read, write
+from common.rewards import RewardModel, calibrate
+from common.spoilt import ATTACKS, SPOILERS, Others
 
 rm = importlib.import_module("02_train_rm")
 SCRIPT = "02_train_rm.py"
@@ -46,20 +48,20 @@ def trained(pairs: list[Preference], tmp_path_factory) -> Path:
 
 
 def test_every_kind_of_spoilt_text_is_worse_in_words_that_training_does_not_see(pairs: list[Preference]) -> None:
-    assert rm.SPOILERS.keys() == rm.ATTACKS.keys()
+    assert SPOILERS.keys() == ATTACKS.keys()
     rng = random.Random(0)
-    for name in rm.SPOILERS:
-        seen = {rm.SPOILERS[name](p.texts[1], rng, "别人的祝福。").strip() for p in pairs for _ in range(5)}
+    for name in SPOILERS:
+        seen = {SPOILERS[name](p.texts[1], rng, "别人的祝福。").strip() for p in pairs for _ in range(5)}
         texts = {p.texts[1] for p in pairs}
         assert not seen & texts or name in ("clauses_shuffled", "characters_shuffled"), name
         # Other greetings cannot be worded anew, and of few clauses any order may come up.
         if name not in ("other_occasion", "other_recipient", "clauses_shuffled"):
-            attacks = {rm.ATTACKS[name](p.texts[1], rng, "别人的祝福。").strip() for p in pairs} - texts
+            attacks = {ATTACKS[name](p.texts[1], rng, "别人的祝福。").strip() for p in pairs} - texts
             assert len(attacks & seen) <= 0.05 * len(attacks), name
     for name in ("padded", "flattery", "instruction", "foreign", "bare"):  # of no text, what is put into it
         taught, asked = (
             {text[i : i + 4] for _ in range(5000) for text in [kinds[name]("", rng, "")] for i in range(len(text) - 3)}
-            for kinds in (rm.SPOILERS, rm.ATTACKS)
+            for kinds in (SPOILERS, ATTACKS)
         )
         assert not taught & asked, name
 
@@ -67,7 +69,7 @@ def test_every_kind_of_spoilt_text_is_worse_in_words_that_training_does_not_see(
 def test_another_occasion_is_another_occasion() -> None:
     rows = {"给妈妈的母亲节祝福": "妈妈，节日快乐，汤在锅里。", "中秋发给客户": "月圆人安，改日登门。"}
     some = [pair(query, text, "好") for query, text in (rows | {"随便写一句": "今天也要好好吃饭。"}).items()]
-    others, rng = rm.Others(some), random.Random(0)
+    others, rng = Others(some), random.Random(0)
     assert [others("other_occasion", p, rng) for p in some] == [
         "月圆人安，改日登门。",
         "妈妈，节日快乐，汤在锅里。",
@@ -75,7 +77,7 @@ def test_another_occasion_is_another_occasion() -> None:
     ]
     assert others("cut", some[0], rng) == ""
     kindred = [pair("元旦祝福", "新岁安康，今晚早点睡。", "好"), pair("春节祝福", "过年好，饺子管够。", "好")]
-    assert [rm.Others(kindred)("other_occasion", p, rng) for p in kindred] == ["", ""]  # might do for both
+    assert [Others(kindred)("other_occasion", p, rng) for p in kindred] == ["", ""]  # might do for both
 
 
 def test_another_person_is_another_person_on_the_same_occasion() -> None:
@@ -84,13 +86,13 @@ def test_another_person_is_another_person_on_the_same_occasion() -> None:
         "生日祝福": "生日快乐，吃好喝好。", "春节给领导拜年": "领导，过年好，给您拜年。",
     }  # fmt: skip
     some = [pair(query, text, "好") for query, text in rows.items()]
-    others, rng = rm.Others(some), random.Random(0)
+    others, rng = Others(some), random.Random(0)
     assert [others("other_recipient", p, rng) for p in some] == [rows["祝老师生日快乐"], rows["妈妈生日祝福"], "", ""]
 
 
 def test_every_kind_is_made_unless_it_is_left_out(pairs: list[Preference]) -> None:
     made = {p.why for p in rm.derived_pairs(Namespace(seed=0, derived=4, without=[]), pairs)}
-    assert made == {f"derived: {kind}" for kind in rm.SPOILERS}
+    assert made == {f"derived: {kind}" for kind in SPOILERS}
     less = rm.derived_pairs(Namespace(seed=0, derived=4, without=["cut", "bare"]), pairs)
     assert made - {p.why for p in less} == {"derived: cut", "derived: bare"} and len(less) > 2 * len(pairs)
     assert not rm.derived_pairs(Namespace(seed=0, derived=0, without=[]), pairs)
@@ -147,7 +149,7 @@ def test_a_pair_that_teaches_nothing_is_named(tmp_path: Path, pairs, chosen: str
 def test_it_learns_and_says_so_in_its_card(trained: Path) -> None:
     summary = json.loads((trained / "02_summary.json").read_text())
     assert summary["eval"]["all"]["value"] > 0.8 and summary["derived_pairs"] > 2 * summary["train_pairs"]
-    assert {f"attack: {name}" for name in rm.ATTACKS} <= summary["eval"].keys()
+    assert {f"attack: {name}" for name in ATTACKS} <= summary["eval"].keys()
     assert summary["baselines"]["longer"]["value"] == 1.0  # as the pairs were made
     null = {name: r["null"]["longer"]["value"] for name, r in summary["eval"].items() if r["n"]}
     assert (null["all"], null["attack: cut"], null["attack: pasted_twice"], null["attack: bare"]) == (1, 1, 0, 1)
@@ -172,7 +174,7 @@ def test_others_load_it_without_this_project(trained: Path) -> None:
 
 
 def test_the_calibration_takes_the_slope_off_and_invites_no_extremes(trained: Path) -> None:
-    model = object.__new__(models.RewardModel)
+    model = object.__new__(RewardModel)
     model.calibration = {"mean": 1.0, "std": 2.0, "length": {"slope": 0.1, "shortest": 20, "longest": 60}}
     assert model.calibrated(3.0, 30) == pytest.approx((3.0 - 3.0 - 1.0) / 2)
     assert model.calibrated(3.0, 0) == model.calibrated(3.0, 20) and model.calibrated(3.0, 999) == model.calibrated(
@@ -192,7 +194,7 @@ def test_the_calibration_leaves_the_correlation_that_it_is_told_to(
     some = [pair(f"问{n}", "春" * int(rng.integers(10, 90)), "风") for n in range(900)]
     heads = {p.texts[1]: len(p.texts[1]) * 0.05 + rng.normal() for p in some}
 
-    class Biased(models.RewardModel):
+    class Biased(RewardModel):
         def __init__(self, folder: Path, *_: object, **__: object):
             self.calibration = {"mean": 0.0, "std": 1.0, "length": {"slope": 0.0, "shortest": 0, "longest": 0}}
 
@@ -200,10 +202,10 @@ def test_the_calibration_leaves_the_correlation_that_it_is_told_to(
             texts = [chat[-1]["content"] for chat in chats]
             return [self.calibrated(heads.get(text, 0.0), len(text)) for text in texts]
 
-    monkeypatch.setattr(models, "RewardModel", Biased)
+    monkeypatch.setattr(rewards, "RewardModel", Biased)
     (tmp_path / "rm").mkdir()
     args = Namespace(run=tmp_path, seed=0, bits=16, prompts=None, length_tolerance=tolerance)
-    scores = rm.calibrate(args, some, "base").score_conversations([p.chosen for p in some])
+    scores = calibrate(args, some, "base").score_conversations([p.chosen for p in some])
     lengths = [len(p.texts[1]) for p in some]
     raw = np.corrcoef([heads[p.texts[1]] for p in some], lengths)[0, 1]
     assert abs(np.corrcoef(scores, lengths)[0, 1]) == pytest.approx(min(tolerance, raw), abs=0.02)
@@ -317,7 +319,7 @@ def test_scores_in_four_bits_hardly_depend_on_the_batch(plain: Path) -> None:
 
     card = (plain / "rm/README.md").read_text(encoding="utf-8")
     base = json.loads((plain / "rm/adapter_config.json").read_text())["base_model_name_or_path"]
-    model = models.RewardModel(plain / "rm", base, 4, ROOT / "prompts")
+    model = RewardModel(plain / "rm", base, 4, ROOT / "prompts")
     assert any(isinstance(module, Linear4bit) for module in model.model.modules())
     assert model.model.base_model.model.score.modules_to_save["default"].weight.dtype == torch.float32
     rows = lines(plain / "rm_eval.jsonl")[:20]

@@ -22,7 +22,8 @@ from conftest import ROOT, lines
 from endpoint import endpoint
 from test_faults import write_candidates
 
-from common import models, offline
+from common.offline.tiny_model import tiny_policy
+from common.policy import load_tokenizer
 
 STAND_IN = f"""
 import subprocess, sys, time
@@ -223,7 +224,7 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    tokenizer = models.load_tokenizer(str(offline.tiny_policy()))
+    tokenizer = load_tokenizer(str(tiny_policy()))
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
@@ -256,7 +257,7 @@ def small(tmp_path: Path) -> dict[str, Path]:
 
 def serving(judge: Path) -> list[object]:
     """Flags of a step that asks this model and writes with the tiny one."""
-    return ["--model", judge, "--serve-flags", "--max-model-len 8192", "--policy", offline.tiny_policy(), "--bits", 16]
+    return ["--model", judge, "--serve-flags", "--max-model-len 8192", "--policy", tiny_policy(), "--bits", 16]
 
 
 @needs_vllm

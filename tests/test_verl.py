@@ -12,7 +12,9 @@ import pytest
 from conftest import ROOT, lines, run_script
 from endpoint import Reply, critic, endpoint, status
 
-from common import llm, models, offline
+from common.offline.tiny_model import tiny_policy
+from common.prompts import PROMPTS, conversation
+from common.rewards import RewardModel
 
 # As in the authors' release (grpo_data/train.parquet there).
 COLUMNS = {
@@ -50,7 +52,7 @@ def test_the_columns_are_the_authors(run: Path, tmp_path: Path) -> None:
         assert {field.name: str(field.type) for field in table.schema} == COLUMNS
         rows, given = table.to_pylist(), [row["query"] for row in lines(source)]
         assert [row["reward_model"]["ground_truth"] for row in rows] == given
-        assert [row["prompt"] for row in rows] == [models.conversation(query, llm.PROMPTS) for query in given]
+        assert [row["prompt"] for row in rows] == [conversation(query, PROMPTS) for query in given]
         assert [row["extra_info"] for row in rows] == [{"index": n, "split": name} for n in range(len(rows))]
 
 
@@ -64,7 +66,7 @@ def test_the_columns_above_are_those_of_the_release() -> None:
 def test_the_reward_is_the_reward_models_score(run: Path, tmp_path: Path) -> None:
     export(run, tmp_path / "verl", "--offline", "--reward", "rm")
     found = scores(reward_of(tmp_path / "verl"), (QUERY, GOOD), (QUERY, SPOILT), (QUERY, f" {GOOD}\n"))
-    rm = models.RewardModel(run / "rm", str(offline.tiny_policy()), 16, llm.PROMPTS)
+    rm = RewardModel(run / "rm", str(tiny_policy()), 16, PROMPTS)
     wanted = rm.score([(QUERY, GOOD), (QUERY, SPOILT), (QUERY, GOOD)])
     assert [row["score"] for row in found] == pytest.approx(wanted, abs=1e-4)
     assert all(row["failed"] == 0 for row in found)
@@ -80,7 +82,7 @@ def test_the_reward_is_the_judges_verdict_and_a_failure_is_no_signal(
 
     with endpoint(sometimes) as server:
         flags = ["--reward", "judge", "--base-url", server.url, "--model", "m", "--attempts", 1]
-        export(run, tmp_path / "verl", *flags, "--policy", offline.tiny_policy())
+        export(run, tmp_path / "verl", *flags, "--policy", tiny_policy())
         module = reward_of(tmp_path / "verl")
         rows = [
             (QUERY, GOOD),
@@ -98,7 +100,7 @@ def test_the_reward_is_the_judges_verdict_and_a_failure_is_no_signal(
 
 
 def test_the_launch_command_holds_the_papers_settings(run: Path, tmp_path: Path) -> None:
-    export(run, tmp_path / "verl", "--reward", "rm", "--policy", offline.tiny_policy())
+    export(run, tmp_path / "verl", "--reward", "rm", "--policy", tiny_policy())
     (tmp_path / "bin").mkdir()
     python = tmp_path / "bin/python3"
     python.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
