@@ -21,12 +21,13 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
 from common.answers import Points, Verdict
 from common.client import Client
 from common.prompts import PROMPTS
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 LATENCY, CONCURRENCY = 0.05, 64
 
 
@@ -66,11 +67,16 @@ class Answering(asyncio.Protocol):
         role = body.partition(b'"name":"')[2].split(b'"')[0]
         verdict = {"reason": "通篇得体", "verdict": hash(body) % 2}
         text = json.dumps({"points": ["有自己的意象"]} if role in (b"positive", b"negative") else verdict)
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+        usage = {"prompt_tokens": len(body) // 4, "completion_tokens": 20, "total_tokens": 20 + len(body) // 4}
         reply = {
-            "id": "x", "object": "chat.completion", "created": 0, "model": "m",
-            "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
-            "usage": {"prompt_tokens": len(body) // 4, "completion_tokens": 20, "total_tokens": 20 + len(body) // 4},
-        }  # fmt: skip
+            "id": "x",
+            "object": "chat.completion",
+            "created": 0,
+            "model": "m",
+            "choices": [choice],
+            "usage": usage,
+        }
         slow = 10 if random.random() < self.options.get("slow", 0) else 1
         asyncio.get_running_loop().call_later(
             self.options["latency"] * slow, self.send, 200, json.dumps(reply).encode()
@@ -145,25 +151,23 @@ def curate(run: Path, candidates: Path, url: str) -> tuple[dict, float, float]:
 
 def stage_by_stage(run: Path, candidates: Path, url: str, barrier: str) -> float:
     """Seconds for the same calls, agent by agent: with a barrier after each agent, or after each batch of calls."""
-
-    args = SimpleNamespace(
-        base_url=url, model="m", api_key_env="NONE", concurrency=CONCURRENCY, timeout=60, attempts=5, seed=0,
-        prompts=PROMPTS, offline=False, price_in=0, price_out=0, budget=None, votes=1, graded=False,
-        serve=None, wait=60,
-    )  # fmt: skip
+    args = SimpleNamespace(run=run, base_url=url, model="m", api_key_env="NONE", concurrency=CONCURRENCY, seed=0)
+    args.prompts, args.offline, args.graded = PROMPTS, False, False
+    args.timeout, args.attempts, args.wait = 60, 5, 60
+    args.price_in, args.price_out, args.budget = 0, 0, None
     rows = [json.loads(line) | {"examples": []} for line in candidates.open(encoding="utf-8")]
 
     async def stages() -> float:
-        async with Client(args, run) as client:
+        async with Client(args, "01") as client:
             started = time.monotonic()
             size = CONCURRENCY if barrier == "batch" else len(rows)
 
             async def ask_all(role: str, answer: type, questions: list[dict]) -> list:
-                heard = []
+                answers = []
                 for at in range(0, len(questions), size):
                     asking = (client.ask(role, answer, **question) for question in questions[at : at + size])
-                    heard += await asyncio.gather(*asking)
-                return heard
+                    answers += await asyncio.gather(*asking)
+                return answers
 
             positive = await ask_all("positive", Points, rows)
             negative = await ask_all("negative", Points, rows)

@@ -7,7 +7,6 @@ Steps 2 and 4 run as they are, for a few steps, on texts as long as they may be:
 """
 
 import argparse
-import importlib
 import json
 import random
 import subprocess
@@ -16,9 +15,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common.memory import ARCHITECTURES
+from common.memory import QWEN_7B, add_memory_flags, peak, plan
 from common.offline.tiny_model import tiny_policy
-from common.policy import DEFAULT_POLICY, load_tokenizer
+from common.policy import add_policy_flags, load_tokenizer
+from common.trainers import add_grpo_flags
 
 
 def random_model(folder: Path, layers: int | None) -> None:
@@ -26,8 +26,7 @@ def random_model(folder: Path, layers: int | None) -> None:
     import torch
     from transformers import AutoModelForCausalLM, Qwen2Config
 
-    sizes = ARCHITECTURES[DEFAULT_POLICY]
-    sizes = sizes | {"num_hidden_layers": layers or sizes["num_hidden_layers"]}
+    sizes = {**QWEN_7B, "num_hidden_layers": layers or QWEN_7B["num_hidden_layers"]}
     tokenizer = load_tokenizer(str(tiny_policy()))
     config = Qwen2Config(**sizes, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     with torch.device("cuda"):
@@ -57,6 +56,15 @@ def run(script: str, run_folder: Path, policy: Path, *flags: object) -> None:
         sys.exit(f"failed: {' '.join(map(str, command))}")
 
 
+def default_settings(**settings: str) -> argparse.Namespace:
+    """What the plan is made from: step 4's defaults, with nothing but the reward model beside it on the GPU."""
+    parser = argparse.ArgumentParser()
+    for add_flags in (add_grpo_flags, add_policy_flags, add_memory_flags):
+        add_flags(parser)
+    elsewhere = {"offline": False, "base_url": "https://elsewhere.invalid/v1"}
+    return argparse.Namespace(**vars(parser.parse_args([])), **elsewhere, **settings)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "outputs/bench_memory")
@@ -79,21 +87,18 @@ def main() -> None:
     short = ["--steps", 3, "--watch-every", 0, "--queries", folder / "queries.jsonl", "--engine", args.engine, "--redo"]
     run("04_grpo.py", folder, policy, "--reward", "rm", *short)
 
-    grpo = importlib.import_module("04_grpo")
-    sys.argv = ["04_grpo.py", "--reward", "rm", "--policy", str(policy), "--engine", args.engine,
-                "--base-url", "https://elsewhere.invalid/v1"]  # fmt: skip
-    planned = grpo.parse_args()
+    planned = default_settings(reward="rm", engine=args.engine)
     rm, tuned = (json.loads((folder / f"{name}.json").read_text()) for name in ("02_summary", "04_summary_rm"))
     log = rm["log"][-1]
     steps = [json.loads(line) for line in (folder / "metrics_rm.jsonl").read_text().splitlines()]
     tokens = sum(s.get("completions/mean_length", 0.0) for s in steps) * planned.queries_per_step * planned.samples
-    plan = grpo.peak(planned, grpo.plan(planned, str(policy)))
+    expected = peak(planned, plan(planned, str(policy)))
     seen = max(entry.get("num_tokens", 0) for entry in rm["log"]) / log["train_runtime"]
     written, trained = (tokens / tuned["seconds"][phase] for phase in ("generate", "train"))
     print(f"{torch.cuda.get_device_name()}, {args.layers or 'all'} layers, random weights, rollouts by {args.engine}")
     print("| step | peak, measured | plan | tokens a second |\n|---|---|---|---|")
     print(f"| 02, reward model | {rm['peak_gib']:.1f} GiB | - | {seen:.0f} trained |")
-    row = f"| 04, GRPO with it | {tuned['peak_gib']:.1f} GiB | {plan:.1f} GiB |"
+    row = f"| 04, GRPO with it | {tuned['peak_gib']:.1f} GiB | {expected:.1f} GiB |"
     print(f"{row} {written:.0f} written, {trained:.0f} trained |")
 
 

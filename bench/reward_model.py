@@ -3,12 +3,10 @@
     python data/import_paper.py CLONE --out data/paper
     python bench/reward_model.py                              # seeds 0, 1, 2; some hours on two cores
     python bench/reward_model.py --each --pairs 2500 --seeds 0 --epochs 1.5   # what each kind of spoilt text is worth
-    python bench/reward_model.py --batches --pairs 500 --seeds 0 --epochs 1   # batches of like length, of any length
 
-Plain: the pairs as released, batches of any lengths, no calibration. Calibrated: the same with the control of length
-alone. Robust: the defaults of step 2, which shows each released pair twice an epoch, beside its spoilt forms. Epochs,
-test pairs and attacks are the same.
-A figure is the mean over the seeds, with the lowest and the highest; of one seed, a rate with its 95% interval.
+Plain: the pairs as released, no calibration. Calibrated: the same with the control of length alone. Robust: step 2's
+defaults, which show each released pair twice an epoch, beside its spoilt forms. Epochs, test pairs and attacks are the
+same. A figure is the mean over the seeds, with the lowest and the highest; of one seed, a rate with its 95% interval.
 """
 
 import argparse
@@ -24,10 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from common.stats import rate
 
-PLAIN = ["--derived", "0", "--random-batches"]
+PLAIN = ["--derived", "0"]
 KINDS = {"plain": [*PLAIN, "--length-tolerance", "1"], "calibrated": PLAIN, "robust": []}
-# Kinds of spoilt texts that are left out together. No two of a group are alike, so that what would do a kind's work is
-# still there: what is measured is what a kind adds to all others.
+# Kinds of spoilt texts that are left out together. No two of a group are alike, so that those that could stand in for a
+# kind remain, and what is measured is what it adds to all others.
 GROUPS = [
     ["other_occasion", "pasted_twice", "flattery", "characters_shuffled"],
     ["clause_repeated", "instruction", "cut"],
@@ -54,20 +52,23 @@ def train(args: argparse.Namespace, name: str, seed: int, flags: list[str]) -> d
 
 
 def add_length(summary: dict, folder: Path) -> None:
-    """Adds how much of `all` is length: what would be right of the test pairs, were each character worth WORTH more
-    (within the lengths of calibration.json), the rank correlation with length that this leaves, and what calibration
-    has taken off a character."""
+    """Add how much of `all` is length: the accuracy on the test pairs if each character were worth WORTH more (within
+    the lengths of calibration.json), the rank correlation with length that this leaves, and what the calibration has
+    taken off a character."""
     calibration = json.loads((folder / "rm/calibration.json").read_text())
     line = calibration["length"]
-    pairs = [json.loads(row) for row in (folder / "rm_eval.jsonl").open(encoding="utf-8")]
-
-    def paid(which: str) -> list[float]:
-        lengths = (min(max(len(pair[which]), line["shortest"]), line["longest"]) for pair in pairs)
-        return [pair[f"{which}_score"] + WORTH * n for pair, n in zip(pairs, lengths, strict=True)]
-
-    chosen, rejected = paid("chosen"), paid("rejected")
-    summary["eval"][PAID] = rate(sum(c > r for c, r in zip(chosen, rejected, strict=True)), len(pairs))
-    summary[PAID_RANKS] = abs(float(spearmanr(chosen, [len(pair["chosen"]) for pair in pairs])[0]))
+    rows = [json.loads(row) for row in (folder / "rm_eval.jsonl").open(encoding="utf-8")]
+    wins, chosen_scores = 0, []
+    for row in rows:
+        paid = {}
+        for side in ("chosen", "rejected"):
+            length = min(max(len(row[side]), line["shortest"]), line["longest"])
+            paid[side] = row[f"{side}_score"] + WORTH * length
+        wins += paid["chosen"] > paid["rejected"]
+        chosen_scores.append(paid["chosen"])
+    lengths = [len(row["chosen"]) for row in rows]
+    summary["eval"][PAID] = rate(wins, len(rows))
+    summary[PAID_RANKS] = abs(float(spearmanr(chosen_scores, lengths)[0]))
     summary[TAKEN] = line["slope"] / calibration["std"]
 
 
@@ -76,11 +77,14 @@ def figures(summary: dict) -> dict[str, float]:
     log, settings = summary["log"], summary["settings"]
     runtime, tokens = log[-1]["train_runtime"], max(entry.get("num_tokens", 0) for entry in log)
     seen = log[-1]["step"] * settings["batch_size"] * settings["accumulation"]
-    found = {name: test["value"] for name, test in summary["eval"].items()}
-    found["correlation of score and length, without its sign"] = abs(summary["length_correlation"])
-    found["the same, of their ranks"] = abs(summary["length_rank_correlation"])
-    found |= {name: summary[name] for name in (PAID_RANKS, TAKEN)}
-    return found | dict(zip(SPEED, (1000 * runtime / seen, tokens / runtime), strict=True))
+    values = {name: test["value"] for name, test in summary["eval"].items()}
+    values["correlation of score and length, without its sign"] = abs(summary["length_correlation"])
+    values["the same, of their ranks"] = abs(summary["length_rank_correlation"])
+    for name in (PAID_RANKS, TAKEN):
+        values[name] = summary[name]
+    values["seconds for 1,000 pairs seen"] = 1000 * runtime / seen
+    values["tokens a second"] = tokens / runtime
+    return values
 
 
 def cell(runs: list[dict], name: str) -> str:
@@ -120,19 +124,10 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, help="train on the first so many pairs only")
     parser.add_argument("--epochs", type=float, default=2, help="times over the pairs (%(default)s)")
     parser.add_argument("--each", action="store_true", help="leave out kinds of spoilt texts, one group after another")
-    parser.add_argument("--batches", action="store_true", help="time batches of like length against those of any")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     rows = (args.data / "preferences.train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (args.out / f"train_{args.pairs}.jsonl").write_text("".join(rows[: args.pairs]), encoding="utf-8")
-    if args.batches:
-        kinds = {"grouped": [], "random": ["--random-batches"]}  # by length; of any lengths, as TRL makes them
-        runs = {name: [] for name in kinds}
-        for seed in args.seeds:  # in turns: what else the machine does meets both
-            for name, flags in kinds.items():
-                runs[name].append(train(args, f"batches_{name}", seed, flags))
-        show(runs, [*SPEED, "all"])
-        return
     if args.each:
         whole = [train(args, "robust", seed, []) for seed in args.seeds]
         for n, group in enumerate(GROUPS):

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from common.engine import engine_class
 from common.offline.tiny_model import tiny_policy
-from common.policy import load_tokenizer, lora, quiet
+from common.policy import load_tokenizer, lora, silence_libraries
 
 HALF_B = {
     "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:  # an engine has a process of its own
-        quiet()
+        silence_libraries()
         print(json.dumps(measure(args.one, args.rounds)))
         return
     print("| model | adapter, bytes sent / its own | sync of the adapter | merge and push, at least | ratio |")

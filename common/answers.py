@@ -1,35 +1,38 @@
-"""What an agent must answer with, and its strict reading."""
+"""What an agent must answer with, and its strict reading: an answer that does not fit is no answer."""
 
 import json
 import math
 import re
 from functools import lru_cache
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-A = TypeVar("A", bound=BaseModel)
+from common.failures import CUT, FILTERED, NO_LOGPROBS, NOT_JSON, Unusable
+
+TOP_LOGPROBS = 20  # the most that OpenAI and vLLM give
 
 
 class Answer(BaseModel):
-    """What a model must answer with: exactly these keys, and the reason before the verdict."""
+    """What a model must answer with: exactly these keys, in this order, so the reason before the verdict."""
 
     model_config = ConfigDict(extra="forbid")
-    _calls: dict[str, tuple[int, int]] = {}
+    _tokens: tuple[int, int] = (0, 0)
 
-    @property
-    def calls(self) -> dict[str, tuple[int, int]]:
-        """(input, output) tokens of each call that it rests on, by cache key, also where it now came from the cache."""
-        return self._calls
+    @classmethod
+    def from_store(cls, text: str, tokens: tuple[int, int]) -> Self:
+        """The answer whose text `usable_text` has checked before it was stored."""
+        answer = cls.model_validate_json(text)
+        answer._tokens = tokens
+        return answer
 
     @property
     def tokens(self) -> tuple[int, int]:
-        """(input, output) tokens of these calls."""
-        return tuple(sum(used[side] for used in self._calls.values()) for side in (0, 1))
+        """(input, output) tokens that it took, also where it now comes from the store."""
+        return self._tokens
 
 
-class Points(Answer):
-    points: list[str]
+A = TypeVar("A", bound=Answer)
 
 
 def plain_int(value: object) -> object:
@@ -37,6 +40,10 @@ def plain_int(value: object) -> object:
     if type(value) is not int:
         raise ValueError("not an integer")
     return value
+
+
+class Points(Answer):
+    points: list[str]
 
 
 class Verdict(Answer):
@@ -104,37 +111,20 @@ class Text(Answer):
     text: str
 
 
-class Unusable(Exception):
-    """An answer that cannot be used, or none at all; str() is the reason."""
-
-
-CUT, FILTERED, NO_LOGPROBS = "cut at the token limit", "content filter", "no logprobs of the verdict"
-TOP_LOGPROBS = 20  # the most that OpenAI and vLLM give
+def schema_of(answer: type[Answer]) -> type[Answer]:
+    """What the model is asked for: a grade is nothing that it may claim itself."""
+    return Verdict if answer is GradedVerdict else answer
 
 
 @lru_cache
 def response_format(role: str, answer: type[Answer]) -> dict:
-    return {
-        "type": "json_schema",
-        "json_schema": {"name": role, "schema": answer.model_json_schema(), "strict": True},
-    }
+    """The OpenAI parameter that makes an endpoint decode nothing but this schema."""
+    schema = schema_of(answer).model_json_schema()
+    return {"type": "json_schema", "json_schema": {"name": role, "schema": schema, "strict": True}}
 
 
-def parsed(answer: type[A], key: str, text: str, input_tokens: int, output_tokens: int) -> A:
-    value = answer.model_validate_json(text)
-    value._calls = {key: (input_tokens, output_tokens)}
-    return value
-
-
-def one_of_each(pairs: list[tuple[str, object]]) -> dict:
-    """For json.loads: an object that names a key twice could be read either way, so it is not read at all."""
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key twice")
-    return dict(pairs)
-
-
-def usable_text(completion: dict, answer: type[BaseModel]) -> str:
-    """The JSON text of a completion that fits the schema; raises Unusable with the reason otherwise."""
+def usable_text(completion: dict, answer: type[Answer]) -> str:
+    """The JSON text of a chat completion, checked against the schema; raises Unusable with the reason otherwise."""
     choice = completion["choices"][0] if completion.get("choices") else None
     if not choice or not choice.get("message"):
         raise Unusable("no choice")
@@ -149,42 +139,68 @@ def usable_text(completion: dict, answer: type[BaseModel]) -> str:
         raise Unusable("empty")
     if answer is Text:
         return json.dumps({"text": text}, ensure_ascii=False)
+
+    # An endpoint without schemas lets the model fence its JSON, and talk around it. Of two answers none is taken.
     fenced = re.findall(r"^```(?:json)?\s*(.*?)\s*```$", text, flags=re.S | re.M)
-    text = fenced[0] if len(fenced) == 1 else text  # also with prose around it, where the schema was not obeyed
+    if len(fenced) == 1:
+        text = fenced[0]
     try:
-        json.loads(text, object_pairs_hook=one_of_each)
-        kept = (Verdict if answer is GradedVerdict else answer).model_validate_json(text).model_dump()
+        json.loads(text, object_pairs_hook=refuse_double_keys)
+        fields = schema_of(answer).model_validate_json(text).model_dump()
     except (ValueError, RecursionError) as e:  # pydantic's ValidationError is a ValueError
-        raise Unusable("not the JSON asked for") from e
+        raise Unusable(NOT_JSON) from e
     if answer is GradedVerdict:
-        kept["grade"] = probability_of_one(choice, kept["verdict"])
-    return json.dumps(kept, ensure_ascii=False)
+        fields["grade"] = probability_of_one(choice, fields["verdict"])
+    return json.dumps(fields, ensure_ascii=False)
+
+
+def refuse_double_keys(pairs: list[tuple[str, object]]) -> dict:
+    """For json.loads: an object that names a key twice could be read either way, so it is not read at all."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError("a key twice")
+    return fields
 
 
 def probability_of_one(choice: dict, verdict: int) -> float:
     """P(verdict = 1) from the logprobs of the token that holds the digit; raises Unusable where they are not there.
 
-    Tokens are joined as bytes, since one may hold part of a character; every listed token that goes on with a digit, as
-    " 1" or "1}", counts for it. Where the other digit is not among those listed, it gets what all of them leave over.
+    Every listed token that goes on with a digit, as " 1" or "1}", counts for it. Where the other digit is not among
+    those listed, it gets what all of them leave over.
     """
     try:
         tokens = choice["logprobs"]["content"]
-        pieces = [bytes(t["bytes"]) if t.get("bytes") is not None else t["token"].encode() for t in tokens]
-        *_, found = re.finditer(rb'"verdict"\s*:\s*([01])', b"".join(pieces))
-        start, number = 0, 0
-        while start + len(pieces[number]) <= found.start(1):
-            start, number = start + len(pieces[number]), number + 1
-        before = pieces[number][: found.start(1) - start].decode()
-        listed = {t["token"]: t["logprob"] for t in [*(tokens[number].get("top_logprobs") or []), tokens[number]]}
-        mass = {0: 0.0, 1: 0.0}
-        for token, logprob in listed.items():
-            digit = token.removeprefix(before).lstrip()[:1]
-            if digit in ("0", "1"):
-                mass[int(digit)] += math.exp(logprob)
-        other, rest = 1 - verdict, max(0.0, 1.0 - sum(map(math.exp, listed.values())))
-        mass[other] = mass[other] or rest
-        if int(found[1]) != verdict or not all(math.isfinite(m) for m in mass.values()):
+        number, prefix, digit = find_digit(tokens)
+        listed = {}
+        for token in [*(tokens[number].get("top_logprobs") or []), tokens[number]]:
+            listed[token["token"]] = math.exp(token["logprob"])
+
+        mass = {"0": 0.0, "1": 0.0}
+        for token, probability in listed.items():
+            start = token.removeprefix(prefix).lstrip()[:1]
+            if start in mass:
+                mass[start] += probability
+        other = str(1 - verdict)
+        mass[other] = mass[other] or max(0.0, 1.0 - sum(listed.values()))
+        if digit != str(verdict) or not all(map(math.isfinite, mass.values())):
             raise ValueError
-        return mass[1] / (mass[0] + mass[1])
+        return mass["1"] / (mass["0"] + mass["1"])
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, ZeroDivisionError) as e:
         raise Unusable(NO_LOGPROBS) from e
+
+
+def find_digit(tokens: list[dict]) -> tuple[int, str, str]:
+    """(number of the token that holds the verdict's digit, what precedes the digit in that token, the digit).
+
+    Tokens are joined as bytes, since one may hold part of a character.
+    """
+    pieces = []
+    for token in tokens:
+        as_bytes = token.get("bytes")
+        pieces.append(token["token"].encode() if as_bytes is None else bytes(as_bytes))
+    *_, last = re.finditer(rb'"verdict"\s*:\s*([01])', b"".join(pieces))  # the reason may speak of a verdict too
+    start, number = 0, 0  # where the token begins, and which it is
+    while start + len(pieces[number]) <= last.start(1):
+        start += len(pieces[number])
+        number += 1
+    return number, pieces[number][: last.start(1) - start].decode(), last[1].decode()

@@ -1,66 +1,80 @@
-"""One asynchronous chat client for any OpenAI-compatible endpoint."""
+"""One asynchronous chat client for any OpenAI-compatible endpoint.
 
+`Client.ask` renders the prompt of a role, answers from the store where the same question was paid for before, and
+sends it otherwise. It returns an answer that fits the role's schema or raises `Unusable` with the reason; nothing else
+is ever taken for an answer. What a failed attempt leads to is decided in failures.py.
+"""
+
+import argparse
 import asyncio
-import math
 import os
 import random
-import re
 import sys
 import time
 from collections.abc import Awaitable
-from email.utils import parsedate_to_datetime
-from pathlib import Path
 from weakref import WeakValueDictionary
 
 from tqdm import tqdm
 
-from common.answers import (
-    CUT,
-    FILTERED,
-    NO_LOGPROBS,
-    TOP_LOGPROBS,
-    A,
-    Answer,
-    GradedVerdict,
-    Text,
-    Unusable,
-    Verdict,
-    parsed,
-    response_format,
-    usable_text,
-)
+from common.answers import TOP_LOGPROBS, A, Answer, GradedVerdict, Text, response_format, usable_text
 from common.endpoint import endpoint_name
+from common.failures import KEY_REFUSED, NOBODY_ANSWERS, Action, Failure, Unusable, diagnose
 from common.prompts import render
-from common.run_folder import Refused, digest, fail, main_process
-from common.server import Server
-from common.store import Store
+from common.run_folder import Stop, digest, fail, main_process
+from common.store import StoredAnswer, open_store
 from common.throttle import Throttle
 
 MAX_WAIT = 60.0  # seconds; the longest pause between two attempts, whatever Retry-After says
 MAX_TOKENS = 1024  # of one answer
+OTHER_SEED = 1_000_003  # added to the seed of a question that is asked again
 
 
 class Client:
-    """Asks roles. One a script; close it with `await client.close()` or use it as `async with`."""
+    """Asks roles, for one step of one run folder. Use it as `async with Client(args, "03") as client`."""
 
-    def __init__(self, args, run: Path):
-        self.args, self.run = args, run
+    def __init__(self, args: argparse.Namespace, step: str):
+        """`step` is who pays: what is asked is booked in the ledger under it."""
+        self.args = args
         self.model, self.endpoint = endpoint_name(args)
-        self.store = Store(run / "answers.sqlite", (args.price_in, args.price_out))
+        self.key = os.environ.get(args.api_key_env, "")
+        self.store = open_store(args, step)
         if main_process():
             self.store.settle()
         self.throttle = Throttle(args.concurrency)
-        self.asking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self.failed: dict[str, str] = {}  # questions that brought no usable answer in this process, and why
-        self.told: set[str] = set()
+        self.openai = None  # made when the first question is not in the store
+        self.connecting = asyncio.Lock()
+        self.waiting = asyncio.Lock()  # held by who looks whether the endpoint is back
+
+        # By the question's key. A lock goes when nobody asks that question any more.
+        self.locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self.failed: dict[str, str] = {}  # why a question brought no usable answer in this process
+        self.answered: dict[str, tuple[int, int]] = {}  # (input, output) tokens of an answer, also of one in the store
+
+        self.reasons_told: set[str] = set()
         self.stop = ""  # why no further request may leave
-        self.schemas = True  # whether to send response_format: until the endpoint refuses it
-        self.gone = asyncio.Lock()  # held by who looks whether the endpoint is back
-        self.key = os.environ.get(args.api_key_env, "")
-        self.openai, self.connecting = None, asyncio.Lock()  # made when the first question is not in the store
+        self.send_schemas = True  # until the endpoint refuses response_format
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, kind, error, traceback):
+        if self.openai:
+            await self.openai.close()
+        if isinstance(error, Stop):
+            fail(str(error))
+
+    @classmethod
+    def probe(cls, args: argparse.Namespace, step: str) -> None:
+        """End with one line if nobody answers at the endpoint: for a script to call before its long work."""
+
+        async def enter_and_leave() -> None:
+            async with cls(args, step) as client:
+                await client.connect()
+
+        asyncio.run(enter_and_leave())
 
     async def connect(self) -> None:
-        """Ask the endpoint who it is, so that a wrong address or key shows before the work; does nothing twice."""
+        """Make the connection, and ask for the list of models: a wrong address or key must show before the work."""
         async with self.connecting:
             if self.openai:
                 return
@@ -69,58 +83,51 @@ class Client:
             if self.endpoint == "offline":
                 from common.offline.critic import transport
 
-                address, http = (
-                    "http://offline.invalid/v1",
-                    openai.DefaultAsyncHttpxClient(transport=transport()),
-                )
-            else:  # aiohttp below openai's client halves what a request costs
-                if self.args.serve:
-                    Server.start(self.args, self.run / "server.log")
-                address, http = self.endpoint, openai.DefaultAioHttpClient()
-            # Retried here, where retries are counted.
+                address = "http://offline.invalid/v1"
+                http = openai.DefaultAsyncHttpxClient(transport=transport())
+            else:
+                address = self.endpoint
+                http = openai.DefaultAioHttpClient()  # aiohttp below openai's client halves what a request costs
+            # Without retries: they are made here, where every attempt is booked.
             self.openai = openai.AsyncOpenAI(
-                base_url=address, api_key=self.key or "none", max_retries=0, timeout=self.args.timeout, http_client=http
+                base_url=address, api_key=self.key or "none", timeout=self.args.timeout, max_retries=0, http_client=http
             )
-            if self.endpoint == "offline":
-                return
-            try:
-                async with asyncio.timeout(self.args.timeout):
-                    await self.openai.models.list()
-            except (openai.AuthenticationError, openai.PermissionDeniedError):
-                raise self._refused(KEY_REFUSED) from None
-            except (openai.APIConnectionError, TimeoutError):
-                remedy = "start a server, name one with --base-url, or use --offline"
-                raise self._refused(f"does not answer; {remedy}") from None
-            except (openai.APIError, AttributeError, TypeError, ValueError):
-                pass  # not every server lists its models
+            if self.endpoint != "offline" and not await self._answers():
+                raise self._stop_run("does not answer; start a server, name one with --base-url, or use --offline")
 
-    async def __aenter__(self):
-        return self
+    async def _answers(self) -> bool:
+        """Whether anybody answers at the endpoint; raises Stop if the key is refused."""
+        import openai
 
-    async def __aexit__(self, kind, error, traceback):
-        await self.close()
-        if isinstance(error, Refused):
-            fail(str(error))
+        try:
+            async with asyncio.timeout(self.args.timeout):
+                await self.openai.models.list()
+        except (openai.AuthenticationError, openai.PermissionDeniedError):
+            raise self._stop_run(KEY_REFUSED) from None
+        except (openai.APIConnectionError, TimeoutError):
+            return False
+        except (openai.APIError, AttributeError, TypeError, ValueError):
+            pass  # an answer: not every server lists its models
+        return True
 
-    async def close(self) -> None:
-        if self.openai:
-            await self.openai.close()
-
-    @classmethod
-    def probe(cls, args, run: Path) -> None:
-        """End with one line if nobody answers at the endpoint: for a script to call before its long work."""
-
-        async def enter_and_leave() -> None:
-            async with cls(args, run) as client:
-                await client.connect()
-
-        asyncio.run(enter_and_leave())
+    async def _wait_for_endpoint(self) -> None:
+        """Return when an endpoint that went away answers again; raises Stop if it does not within --wait."""
+        async with self.waiting:
+            self._check_stop()  # whoever waited before may have given up
+            deadline, limit = time.monotonic() + self.args.wait, f"{self.args.wait:g} s"
+            while not await self._answers():
+                if time.monotonic() > deadline:
+                    remedy = "what was answered is kept: start it and run again"
+                    raise self._stop_run(f"went away and did not come back within --wait {limit}; {remedy}")
+                self._tell_once("agents", NOBODY_ANSWERS, f"waiting {limit} for {self.endpoint} to come back")
+                await asyncio.sleep(1.0)
 
     async def ask(self, role: str, answer: type[A], *, temperature: float = 0.0, sample: int = 0, **slots) -> A:
-        """The role's answer to a prompt with these slots; `sample` tells apart several answers to one question.
+        """The role's answer to its prompt with these slots filled in; another `sample` asks for another answer.
 
         Raises:
             Unusable: no usable answer came; str() of it is the reason.
+            Stop: no question will be answered any more.
         """
         request = {
             "model": self.model,
@@ -130,216 +137,138 @@ class Client:
             "seed": self.args.seed + sample,
         }
         if answer is not Text:
-            request["response_format"] = response_format(role, Verdict if answer is GradedVerdict else answer)
+            request["response_format"] = response_format(role, answer)
         if answer is GradedVerdict:
             request |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
         key = digest(self.endpoint, self.args.seed, sample, request)
-        if found := self.store.get(key):
-            return parsed(answer, key, *found)
-        # The same question at once: the second finds the answer of the first.
-        async with self.asking.setdefault(key, asyncio.Lock()):
-            found = self.store.get(key)
-            if not found:
+
+        # Of two who ask the same at once, the second finds the answer, or the failure, of the first.
+        async with self.locks.setdefault(key, asyncio.Lock()):
+            stored = self.store.get(key)
+            if not stored:
                 if key in self.failed:
                     raise Unusable(self.failed[key])
                 await self.connect()
                 try:
-                    found = await self._insist(key, role, request, answer)
+                    stored = await self._insist(key, role, request, answer)
                 except Unusable as e:
                     self.failed[key] = str(e)
                     raise
-            return parsed(answer, key, *found)
+        text, *tokens = stored
+        self.answered[key] = tuple(tokens)
+        return answer.from_store(text, self.answered[key])
 
-    async def _insist(self, key: str, role: str, request: dict, answer: type[Answer]) -> tuple[str, int, int]:
-        """Attempt the request until a usable answer comes, as often as --attempts allows; every attempt is booked."""
-        temperature = request["temperature"]
-        attempt = 0
+    async def _insist(self, key: str, role: str, request: dict, answer: type[Answer]) -> StoredAnswer:
+        """Send the request until a usable answer comes, as often as its failures and --attempts allow."""
+        attempt = 1
         while True:
-            attempt += 1
-            wait = min(MAX_WAIT, 0.5 * 2**attempt) * random.uniform(0.5, 1.0)
             async with self.throttle:
-                self._check()
-                if not self.schemas:
-                    request = {name: value for name, value in request.items() if name != "response_format"}
+                # Checked here because much can happen while a request waits for its turn.
+                self._check_stop()
+                if not self.send_schemas:
+                    request.pop("response_format", None)  # each prompt names the keys of its answer too
                 sent = time.monotonic()
-                try:
-                    return await self._attempt(key, role, request, answer)
-                except Exception as e:
-                    reason, again = diagnose(e)
-                    if reason == "rate limit":
-                        wait = retry_after(e.response.headers, wait)
-                        self.throttle.limited(sent, wait)
-                    elif reason in ("HTTP 401", "HTTP 403"):
-                        raise self._refused(KEY_REFUSED) from None
-                    elif reason == "HTTP 404":
-                        raise self._refused(f"has no model {self.model}; name one it serves with --model") from None
-                    elif reason.startswith("HTTP") or reason in (NO_LOGPROBS, NO_SCHEMAS):
-                        self._tell(role, reason, e)
-            if reason == GONE:
-                attempt -= 1
-                await self._back()
+                outcome = await self._attempt(key, role, request, answer)
+                if not isinstance(outcome, Failure):
+                    return outcome
+
+                failure, backoff = outcome, min(MAX_WAIT, 0.5 * 2**attempt) * random.uniform(0.5, 1.0)
+                pause = min(MAX_WAIT, max(backoff, failure.retry_after))
+                if failure.action is Action.SLOW_DOWN:
+                    self.throttle.limited(sent, pause)  # before this place is free, or another request slips through
+
+            # Failures that are not the question's fault cost it no attempt.
+            if failure.action is Action.STOP:
+                raise self._stop_run(failure.message.replace("{model}", self.model))
+            if failure.message:
+                self._tell_once(role, failure.reason, failure.message)
+            if failure.action is Action.WAIT_FOR_ENDPOINT:
+                await self._wait_for_endpoint()
                 continue
-            if reason == NO_SCHEMAS and "response_format" in request:
-                attempt -= 1
-                self.schemas = False  # each prompt names the keys of its answer too
+            if failure.action is Action.DROP_SCHEMA and "response_format" in request:
+                self.send_schemas = False
                 continue
-            if attempt == min(again, self.args.attempts):
-                raise Unusable(reason)
-            if reason in ANSWERED_BADLY:  # the same question would bring the same answer
-                wait = 0.0
-                request = request | {"seed": request["seed"] + 1_000_003, "temperature": max(0.7, temperature)}
-            if reason == CUT:
-                wait, request = 0.0, request | {"max_tokens": 2 * request["max_tokens"]}
-            await asyncio.sleep(wait)
 
-    async def _back(self) -> None:
-        """Return when an endpoint that went away answers again; raises Refused where it does not within --wait."""
-        import openai
+            if attempt >= min(failure.action.attempts, self.args.attempts):
+                raise Unusable(failure.reason)
+            attempt += 1
+            if failure.action is Action.RESAMPLE:
+                request["seed"] += OTHER_SEED
+                request["temperature"] = max(0.7, request["temperature"])
+            elif failure.action is Action.ALLOW_MORE_TOKENS:
+                request["max_tokens"] *= 2
+            else:
+                await asyncio.sleep(pause)
 
-        async with self.gone:
-            until = time.monotonic() + self.args.wait
-            while True:
-                self._check()
-                try:
-                    await self.openai.models.list()
-                except openai.APIConnectionError:
-                    pass
-                except (openai.APIError, AttributeError, TypeError, ValueError):
-                    return  # it answers
-                else:
-                    return
-                if time.monotonic() > until:
-                    raise self._refused(f"went away and did not come back within --wait {self.args.wait:g} s; what was "
-                                        "answered is kept: start it and run again")  # fmt: skip
-                self._tell("agents", GONE, f"waiting for {self.endpoint} to come back, {self.args.wait:g} s at most")
-                await asyncio.sleep(1.0)
-
-    async def _attempt(self, key: str, role: str, request: dict, answer: type[Answer]) -> tuple[str, int, int]:
-        """One request, noted before and booked after, whatever comes of it."""
+    async def _attempt(self, key: str, role: str, request: dict, answer: type[Answer]) -> StoredAnswer | Failure:
+        """One request, noted before it is sent and booked after, whatever comes of it."""
         import httpx2
 
-        outcome, used, kept, number = "cancelled", (0, 0), {}, self.store.begin(role)
+        booked_as, tokens, to_keep = "cancelled", (0, 0), {}
+        number = self.store.begin(role)
         try:
-            async with asyncio.timeout(self.args.timeout):  # openai's own holds for each read: a slow drip outlasts it
-                # chat.completions.create() would check the schema anew for each request: most of its time
+            # openai's own timeout counts anew with each read: an answer that drips slowly would outlast it.
+            async with asyncio.timeout(self.args.timeout):
+                # chat.completions.create() checks the schema of every request anew, which takes most of its time.
                 reply = await self.openai.post("/chat/completions", body=request, cast_to=httpx2.Response)
             completion = reply.json()
-            if usage := completion.get("usage"):
-                used = (usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0)
-            kept = {"key": key, "text": usable_text(completion, answer)}
-            outcome = "ok"
+            usage = completion.get("usage") or {}
+            tokens = (usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0)
+            text = usable_text(completion, answer)
+            booked_as, to_keep = "ok", {"key": key, "text": text}
             self.throttle.answered()
-            return kept["text"], *used
+            return text, *tokens
         except Exception as e:
-            outcome = diagnose(e)[0]
-            raise
+            failure = diagnose(e)
+            booked_as = failure.reason
+            return failure
         finally:
-            self.store.end(number, role, outcome, used, **kept)
+            self.store.end(number, role, booked_as, tokens, **to_keep)
 
-    def _check(self) -> None:
-        """Raises Refused once the run has to stop: the key is refused, or the run folder has cost its --budget."""
+    def _check_stop(self) -> None:
+        """Raises Stop once the run has to stop: the endpoint refuses everybody, or the --budget is spent."""
         if self.args.budget is not None and not self.stop:
             priced = any(self.store.prices)
             spent = self.store.money(*self.store.tokens) if priced else sum(self.store.tokens)
             if spent >= self.args.budget:
-                self.stop = (
-                    f"the budget of {self.args.budget:g}{'' if priced else ' tokens'} is spent ({spent:g}); what was "
-                    "answered is kept: run again with a higher --budget to go on"
-                )
+                budget = f"the budget of {self.args.budget:g}{'' if priced else ' tokens'} is spent ({spent:g})"
+                self.stop = f"{budget}; what was answered is kept: run again with a higher --budget to go on"
         if self.stop:
-            raise Refused(self.stop)
+            raise Stop(self.stop)
 
-    def _refused(self, why: str) -> Refused:
-        """The error that the endpoint will answer nobody; no further request leaves."""
+    def _stop_run(self, why: str) -> Stop:
+        """The error to raise where the endpoint will answer nobody; no further request leaves."""
         self.stop = f"{self.endpoint} {why}"
-        return Refused(self.stop)
+        return Stop(self.stop)
 
-    def _tell(self, role: str, reason: str, error: Exception | str) -> None:
-        """One line on stderr for each reason: the first words of the error body, in which the key may be echoed."""
-        if reason not in self.told:
-            self.told.add(reason)
-            text = " ".join(str(getattr(error, "message", error)).split())
-            text = "leave --graded out, or name another endpoint" if reason == NO_LOGPROBS else text
-            text = f"asking without one from now on ({text})" if reason == NO_SCHEMAS else text
-            text = text.replace(self.key, "***") if self.key else text
+    def _tell_once(self, role: str, reason: str, message: str) -> None:
+        """One line on stderr for each reason, without the key, which an endpoint may repeat in its error."""
+        if reason not in self.reasons_told:
+            self.reasons_told.add(reason)
+            text = message.replace(self.key, "***") if self.key else message
             tqdm.write(f"{role}: {reason}: {text[:200]}", file=sys.stderr)
 
 
-KEY_REFUSED = "refuses the key; set the variable that --api-key-env names"
-GONE, NO_SCHEMAS = "nobody answers", "takes no schema"
-ANSWERED_BADLY = {"not the JSON asked for", "empty", "refusal", "no choice", "not a chat completion"}
-AS_ALLOWED = math.inf  # attempts: as many as --attempts allows
-
-
-def diagnose(error: Exception) -> tuple[str, float]:
-    """(reason, number of attempts that are worth while) for an attempt that failed; other errors are raised again."""
-    import httpx2
-    import openai
-
-    match error:
-        case Unusable():
-            reason = str(error)
-            return reason, {CUT: 2, FILTERED: 1, NO_LOGPROBS: 1}.get(reason, 3)
-        case openai.RateLimitError():
-            return "rate limit", AS_ALLOWED
-        case openai.APIConnectionError() if refused(error):
-            return GONE, AS_ALLOWED
-        case openai.APITimeoutError() if isinstance(error.__cause__, httpx2.ConnectTimeout):
-            return "connection", AS_ALLOWED  # what aiohttp's hung-up connection comes as
-        case openai.APITimeoutError() | TimeoutError():
-            return "timeout", AS_ALLOWED
-        case openai.APIConnectionError():
-            return "connection", AS_ALLOWED
-        case openai.APIStatusError():
-            if error.status_code in (400, 422) and re.search("response_format|json_schema", str(error)):
-                return NO_SCHEMAS, 1
-            again = error.status_code >= 500 or error.status_code in (408, 409)
-            return f"HTTP {error.status_code}", AS_ALLOWED if again else 1
-        case openai.APIError() | AttributeError() | KeyError() | TypeError() | ValueError():
-            return "not a chat completion", 3
-    raise error
-
-
-def refused(error: BaseException | None) -> bool:
-    """Whether nobody listens at the address, anywhere down the chain of an error's causes."""
-    while error and not isinstance(error, ConnectionRefusedError):
-        error = error.__cause__ or error.__context__
-    return bool(error)
-
-
-def retry_after(headers, otherwise: float) -> float:
-    """Seconds that the server asks to wait, given as seconds or as a date; at most MAX_WAIT, at least `otherwise`."""
-    told = headers.get("retry-after", "")
-    try:
-        seconds = float(told)
-    except ValueError:
-        try:
-            seconds = parsedate_to_datetime(told).timestamp() - time.time()
-        except ValueError:
-            return otherwise
-    return min(MAX_WAIT, max(otherwise, seconds)) if seconds == seconds else otherwise
-
-
-async def together(*work: Awaitable) -> list:
+async def gather_all(*work: Awaitable) -> list:
     """The results of all; when one fails, the others end before its error is raised.
 
-    After `Refused` they end by themselves: no new request leaves, and what is under way is paid for and worth keeping.
+    After `Stop` they end by themselves: no new request leaves, and what is under way is paid for and worth keeping.
     """
     tasks = [asyncio.ensure_future(one) for one in work]
     try:
         return await asyncio.gather(*tasks)
     except BaseException as e:
-        for task in tasks:
-            if not isinstance(e, Refused):
+        if not isinstance(e, Stop):
+            for task in tasks:
                 task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         raise
 
 
-async def settled(*work: Awaitable[A]) -> list[A | Unusable]:
+async def gather_or_unusable(*work: Awaitable[A]) -> list[A | Unusable]:
     """The results of all, with the `Unusable` of one that failed in its place; other errors are raised at the end."""
-    found = await asyncio.gather(*work, return_exceptions=True)
-    for one in found:
-        if isinstance(one, BaseException) and not isinstance(one, Unusable):
-            raise one
-    return found
+    results = await asyncio.gather(*work, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException) and not isinstance(result, Unusable):
+            raise result
+    return results

@@ -1,28 +1,31 @@
-"""Greetings of policies, written in chunks by an engine or behind an endpoint."""
+"""Greetings of policies: which policies there are, and how they write, by an engine here or behind an endpoint."""
 
 import argparse
-import json
+import re
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from pydantic import Field
-
+from common import records, run_folder
 from common.answers import Text, Unusable
-from common.client import Client, together
-from common.engine import Writer
-from common.policy import check_adapter
+from common.client import Client, gather_all
+from common.endpoint import add_endpoint_flags, address
+from common.engine import Writer, add_engine_flag, choose_engine
+from common.policy import add_policy_flags, check_adapter, find_policy
 from common.prompts import conversation, prompt_hashes
-from common.records import Record
-from common.run_folder import digest, fail, file_hash
 
-# The evaluator that was the reward of a policy, known by its folder: what it says of that policy is nothing new.
+# The evaluator that was the reward of a policy, known by its folder: its score there is no independent evidence.
 REWARDS = {"policy_rm": "reward_model", "policy_judge": "judge"}
+# The policies of a run after the base, in the order of their making: name -> (folder, --reward of step 4).
 OWN = {"sft": ("policy_sft", "none"), "grpo_rm": ("policy_rm", "rm"), "grpo_judge": ("policy_judge", "judge")}
+EMPTY = "（空）"  # stands for a greeting of no characters: a record needs a text
 
 
 class Policy(NamedTuple):
+    """Who writes: a base, a base with a LoRA adapter, or a model behind an endpoint."""
+
     name: str
     base: str = ""
     adapter: Path | None = None
@@ -34,77 +37,179 @@ class Policy(NamedTuple):
         return REWARDS.get(self.adapter.name) if self.adapter else None
 
 
-class Greeting(Record):
-    """A line of generations/NAME.jsonl."""
+class Greeting(records.Record):
+    """A line of generations/NAME.jsonl: one of a policy's samples for a query; until it is written, no `response`."""
 
     policy: str
     query_id: str
     query: str
-    response: str = Field(min_length=1)
+    response: str = ""
     sample: int
+
+    def content(self) -> tuple:
+        return (self.policy, self.query_id, self.sample)
+
+
+def parse_greeting_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Add the flags of every script in which policies write to be compared, and parse the command line."""
+    who = parser.add_argument_group("policies").add_argument
+    folders, models = "further policies: adapter folders or models", "further ones behind an OpenAI-compatible endpoint"
+    who("--policies", type=_named, nargs="*", default=[], metavar="NAME=PATH", help=folders)
+    who("--api", type=_named_api, nargs="*", default=[], metavar="NAME=MODEL@URL", help=models)
+    how = parser.add_argument_group("greetings").add_argument
+    how("--samples", type=run_folder.positive, default=2, help="greetings a policy and query (%(default)s)")
+    how("--temperature", type=float, default=1.0, help="%(default)s")
+    how("--max-tokens", type=int, default=512, help="of a greeting (%(default)s)")
+    add_policy_flags(parser)
+    add_engine_flag(parser)
+    add_endpoint_flags(parser)
+    run_folder.add_run_flags(parser)
+    args = run_folder.parse(parser, {"bits": 16, "max_tokens": 48, "batch_size_generate": 260, "engine": "hf"})
+    choose_engine(args)
+    return args
+
+
+def _named(text: str) -> tuple[str, str]:
+    """argparse type: NAME=PATH; the name is also a file's."""
+    name, _, path = text.partition("=")
+    if not re.fullmatch(r"\w[\w.-]*", name) or not path:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH")
+    return name, path
+
+
+def _named_api(text: str) -> tuple[str, tuple[str, str]]:
+    """argparse type: NAME=MODEL@URL."""
+    name, model_and_url = _named(text)
+    model, _, url = model_and_url.rpartition("@")
+    if not model:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=MODEL@URL")
+    return name, (model, address(url))
+
+
+# ---- policies -------------------------------------------------------------------------------------------------------
 
 
 def present_policies(args: argparse.Namespace, base: str) -> list[Policy]:
     """The policies to compare; one that is missing is named, with the command that makes it, and left out."""
-    found = [Policy("base", base)]
+    policies = [Policy("base", base)]
     for name, (folder, reward) in OWN.items():
         adapter = args.run / folder
-        if (adapter / "adapter_config.json").is_file():
+        if find_policy(adapter)[1]:
             check_adapter(adapter, base)
-            found.append(Policy(name, base, adapter))
+            policies.append(Policy(name, base, adapter))
         else:
-            made_by = f"python 04_grpo.py --reward {reward} --run {args.run}"
-            print(f"05: no {adapter}; make it with: {made_by}", file=sys.stderr)
+            command = f"python 04_grpo.py --reward {reward} --run {args.run}"
+            print(f"05: no {adapter}; make it with: {command}", file=sys.stderr)
     for name, path in args.policies:
-        config = Path(path, "adapter_config.json")
-        if config.is_file():
-            found.append(Policy(name, json.loads(config.read_text())["base_model_name_or_path"], Path(path)))
-        elif path.startswith((".", "/", "~")) and not Path(path, "config.json").is_file():
-            print(f"05: {path} holds no model and no adapter: going on without {name}", file=sys.stderr)
+        is_hub_name = not path.startswith((".", "/", "~"))
+        policy = Policy(name, *find_policy(path))
+        if is_hub_name or policy.adapter or Path(path, "config.json").is_file():
+            policies.append(policy)
         else:
-            found.append(Policy(name, path))
-    found += [Policy(name, api=where) for name, where in args.api]
-    if twice := [name for name, n in Counter(p.name for p in found).items() if n > 1]:
-        fail(f"two policies are named {twice[0]}; choose another name in --policies or --api")
-    return found
+            print(f"05: {path} holds no model and no adapter: going on without {name}", file=sys.stderr)
+    for name, model_and_url in args.api:
+        policies.append(Policy(name, api=model_and_url))
+    for name, count in Counter(policy.name for policy in policies).items():
+        if count > 1:
+            run_folder.fail(f"two policies are named {name}; choose another name in --policies or --api")
+    return policies
 
 
-def made_with(args: argparse.Namespace, policy: Policy) -> dict:
+def greeting_settings(args: argparse.Namespace, policy: Policy) -> dict:
     """What a policy's greetings depend on."""
-    made = {key: getattr(args, key) for key in ("seed", "samples", "temperature")}
-    made |= {"queries": file_hash(args.queries), "prompts": prompt_hashes(["policy"], args.prompts)}
+    made_with = run_folder.settings(args, "greetings")
+    made_with |= {"queries": run_folder.file_hash(args.queries), "prompts": prompt_hashes(["policy"], args.prompts)}
     if policy.api:
-        return made | {"api": policy.api}
-    weights = file_hash(policy.adapter / "adapter_model.safetensors") if policy.adapter else ""
-    made |= {key: getattr(args, key) for key in ("max_tokens", "bits", "batch_size_generate", "engine")}
-    return made | {"base": policy.base, "adapter": weights}
+        return made_with | {"api": policy.api}
+    weights = run_folder.file_hash(policy.adapter / "adapter_model.safetensors") if policy.adapter else ""
+    return made_with | run_folder.settings(args, "models") | {"base": policy.base, "adapter": weights}
 
 
-def endpoint_args(args: argparse.Namespace, model: str, url: str) -> argparse.Namespace:
-    """The settings of a client for another endpoint."""
-    return argparse.Namespace(**vars(args) | {"model": model, "base_url": url, "offline": False})
+def client_at(args: argparse.Namespace, step: str, model: str, url: str) -> Client:
+    """A client of another endpoint than the agents'; --offline does not hold for it."""
+    return Client(argparse.Namespace(**vars(args) | {"model": model, "base_url": url, "offline": False}), step)
 
 
-async def greet(args: argparse.Namespace, policy: Policy, writer: Client | Writer, asked: list, keep, failures) -> None:
-    """`keep(n, text)` for each n-th (sample, query) asked, as it is written; failures of an endpoint are counted."""
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+def write_greetings(
+    args: argparse.Namespace,
+    writer: Writer,
+    base: str,
+    adapter: Path | None,
+    slots: list[tuple[str, str]],
+    temperature: float,
+    title: str,
+) -> Iterator[str]:
+    """Yield a greeting for each (key, query) slot, in their order; keys are hexadecimal digests.
+
+    They are written a chunk at a time, seeded by the key of its first slot, so that a killed run loses one chunk and
+    a resumed one does not repeat it.
+    """
+    size = 4 * args.batch_size_generate
+    for start in range(0, len(slots), size):
+        chunk = slots[start : start + size]
+        prompts = [conversation(query, args.prompts) for _, query in chunk]
+        seed = int(chunk[0][0][:8], 16)
+        progress = f"{title} {start + len(chunk)}/{len(slots)}"
+        for text in writer(base, adapter, prompts, temperature=temperature, seed=seed, progress=progress):
+            yield text or EMPTY
+
+
+async def greet(
+    args: argparse.Namespace,
+    policy: Policy,
+    writer: Client | Writer,
+    slots: list[Greeting],
+    keep: Callable[[Greeting], None],
+    failures: Counter,
+) -> None:
+    """Fill in each slot's `response` and `keep` it; the writer is a policy's endpoint, where it has one.
+
+    What an endpoint fails to answer is counted in `failures`, and is not kept.
+    """
     if policy.api:
 
-        async def one(n: int, sample: int, query: str) -> None:
+        async def ask(slot: Greeting) -> None:
+            how = {"temperature": args.temperature, "sample": slot.sample}
             try:
-                answer = await writer.ask("policy", Text, temperature=args.temperature, sample=sample, query=query)
-                keep(n, answer.text)
+                answer = await writer.ask("policy", Text, query=slot.query, **how)
             except Unusable as e:
                 failures[f"greetings of {policy.name}: {e}"] += 1
+            else:
+                slot.response = answer.text
+                keep(slot)
 
-        await together(*(one(n, *slot) for n, slot in enumerate(asked)))
+        await gather_all(*map(ask, slots))
         return
-    chunk = 4 * args.batch_size_generate  # kept as it is done: a killed run loses one chunk
-    for start in range(0, len(asked), chunk):
-        part = asked[start : start + chunk]
-        texts = writer(
-            policy.base, policy.adapter, [conversation(query, args.prompts) for _, query in part],
-            temperature=args.temperature, seed=int(digest(args.seed, *part[0])[:8], 16),
-            progress=f"greetings of {policy.name}",
-        )  # fmt: skip
-        for n, text in enumerate(texts, start):
-            keep(n, text or "（空）")
+    # The keys leave the policy's name out: every policy draws with the same seeds.
+    keyed = [(run_folder.digest(args.seed, slot.sample, slot.query), slot.query) for slot in slots]
+    title = f"greetings of {policy.name}"
+    texts = write_greetings(args, writer, policy.base, policy.adapter, keyed, args.temperature, title)
+    for slot, text in zip(slots, texts, strict=True):
+        slot.response = text
+        keep(slot)
+
+
+async def greetings_of(
+    args: argparse.Namespace, policy: Policy, queries: list[records.Query], writer: Client | Writer, failures: Counter
+) -> list[dict]:
+    """A policy's --samples greetings a query, in generations/NAME.jsonl; a killed run goes on where it was."""
+    file, made_with = f"generations/{policy.name}.jsonl", greeting_settings(args, policy)
+    path = args.run / file
+    stage = run_folder.Stage(args.run, f"05_greetings_{policy.name}", [file], made_with, args.redo)
+    if not stage.done:
+        slots = []
+        for sample in range(args.samples):
+            for query in queries:
+                slots.append(Greeting(policy=policy.name, query_id=query.id, query=query.query, sample=sample))
+        with records.Appender(path) as append:
+            missing = [slot for slot in slots if slot.id not in append.done]
+            await greet(args, policy, writer, missing, append, failures)
+            if len(append.done) == len(slots):
+                stage.finish()
+    if not path.stat().st_size:
+        print(f"05: {policy.name} wrote nothing: going on without it", file=sys.stderr)
+        return []
+    return [greeting.model_dump() for greeting in records.read(path, Greeting)]

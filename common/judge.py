@@ -1,17 +1,25 @@
-"""The judge under principles, and their versions; the rubric's grades."""
+"""Whoever judges greetings with one question each: the judge under written principles, and the rubric.
+
+`judge_greeting` is reward B of the paper: a verdict under principles that step 3 refines (prompts/detector.md, for as
+an adversary of the Generator the paper calls it Detector). `grade_greeting` is the rubric's five grades, 1 to 3
+(prompts/rubric.md). Neither is the Judge of step 1's debate: that one is in debate.py.
+"""
 
 from collections import Counter
 from pathlib import Path
 
 from pydantic import Field
 
-from common.answers import WEIGHTS, GradedVerdict, Grades, Unusable, Verdict
-from common.client import Client, settled
-from common.records import Record, read
+from common import records
+from common.answers import WEIGHTS, GradedVerdict, Grades, Verdict
+from common.client import Client
+from common.failures import Unusable
 from common.run_folder import fail
 
+EXCELLENT = 2.0  # least weighted mean of the five grades
 
-class Version(Record):
+
+class Version(records.Record):
     """A line of principles.jsonl, as far as the judge needs it."""
 
     principles: list[str] = Field(min_length=1)
@@ -23,59 +31,47 @@ class Version(Record):
 
 def current_principles(path: Path) -> list[str]:
     """The principles of the last accepted version in principles.jsonl."""
-    made_by = f"python 03_refine_judge.py --run {path.parent}"
-    versions = [v.principles for v in read(path, Version, made_by) if v.accepted]
-    return (
-        versions[-1] if versions else fail(f"{path} has no accepted version; make it again: 03_refine_judge.py --redo")
-    )
+    versions = records.read(path, Version, made_by=f"python 03_refine_judge.py --run {path.parent}")
+    accepted = [version for version in versions if version.accepted]
+    if not accepted:
+        fail(f"{path} has no accepted version; make it again: python 03_refine_judge.py --run {path.parent} --redo")
+    return accepted[-1].principles
 
 
-async def judge(client: Client, query: str, response: str, principles: list[str], again: int = 0) -> Verdict:
-    """The principle-guided judge: 1 if the response satisfies every principle, else 0, with the reason.
+async def judge_greeting(client: Client, query: str, response: str, principles: list[str], again: int = 0) -> Verdict:
+    """1 if the response satisfies every principle, else 0, with the reason; asked at temperature 0.
 
-    Asked at temperature 0. With --votes the first answer is joined by others at 0.7, and the majority counts. With
-    --graded the verdict is a GradedVerdict, its grade the mean of the votes'. Another `again` asks everything anew.
+    With --graded the answer is a GradedVerdict: it also has P(verdict = 1). Another `again` asks anew.
 
     Raises:
-        Unusable: the endpoint gave no usable verdict, or no majority. That is a failure to record, never a verdict.
+        Unusable: the endpoint gave no usable verdict. That is a failure to record, never a verdict.
     """
-    seen = {"query": query, "response": response, "principles": principles}
-    votes, answer = client.args.votes, GradedVerdict if client.args.graded else Verdict
-    answers = await settled(*(
-        client.ask("detector", answer, sample=again * votes + n, temperature=0.7 if n else 0.0, **seen)
-        for n in range(votes)
-    ))  # fmt: skip
-    heard = [answer for answer in answers if isinstance(answer, Verdict)]
-    for side in (0, 1):
-        agreeing = [answer for answer in heard if answer.verdict == side]
-        if 2 * len(agreeing) > votes:
-            found = agreeing[0].model_copy()
-            found._calls = {key: used for answer in heard for key, used in answer.calls.items()}
-            if isinstance(found, GradedVerdict):
-                found.grade = sum(answer.grade for answer in heard) / len(heard)
-            return found
-    raise next(answer for answer in answers if isinstance(answer, Unusable))
+    answer = GradedVerdict if client.args.graded else Verdict
+    return await client.ask("detector", answer, sample=again, query=query, response=response, principles=principles)
 
 
-EXCELLENT = 2.0  # least weighted mean of the grades
+async def grade_greeting(client: Client, query: str, response: str) -> Grades:
+    """The rubric's grades; `quality` is their weighted mean. Raises Unusable as `judge_greeting` does."""
+    return await client.ask("rubric", Grades, query=query, response=response)
 
 
-async def grade(judge: Client, row: dict, failures: Counter) -> None:
-    """Add the rubric's grades to a row; None where none came."""
+async def add_verdict(client: Client, row: dict, name: str, principles: list[str], failures: Counter) -> None:
+    """Add to a row the verdict under these principles; None where none came, the reason counted."""
     try:
-        answer = await judge.ask("rubric", Grades, query=row["query"], response=row["response"])
-        row["grades"] = {name: getattr(answer, name) for name in WEIGHTS}
-        row["quality"] = answer.quality
-        row["excellent"] = int(row["quality"] >= EXCELLENT)
-    except Unusable as e:
-        failures[f"rubric: {e}"] += 1
-        row["grades"], row["quality"], row["excellent"] = None, None, None
-
-
-async def verdict(client: Client, row: dict, name: str, principles: list[str], failures: Counter) -> None:
-    """Add the verdict under these principles to a row; None where none came."""
-    try:
-        row[name] = (await judge(client, row["query"], row["response"], principles)).verdict
+        verdict = await judge_greeting(client, row["query"], row["response"], principles)
+        row[name] = verdict.verdict
     except Unusable as e:
         failures[f"{name}: {e}"] += 1
         row[name] = None
+
+
+async def add_grades(client: Client, row: dict, failures: Counter) -> None:
+    """Add to a row `grades`, `quality` and `excellent` by the rubric; None where none came, the reason counted."""
+    try:
+        grades = await grade_greeting(client, row["query"], row["response"])
+        row["grades"] = {name: getattr(grades, name) for name in WEIGHTS}
+        row["quality"] = grades.quality
+        row["excellent"] = int(grades.quality >= EXCELLENT)
+    except Unusable as e:
+        failures[f"rubric: {e}"] += 1
+        row["grades"], row["quality"], row["excellent"] = None, None, None

@@ -1,51 +1,63 @@
-"""A base model and its LoRA adapter: find, load in 4 bits, ask, generate."""
+"""A policy: a base model, in 4 bits or 16, and a LoRA adapter on it. Find it, load it, write with it."""
 
+import argparse
 import json
 import os
 from pathlib import Path
-from typing import NoReturn
 
+from common.records import Messages
 from common.run_folder import fail, positive
 
 DEFAULT_POLICY = "Qwen/Qwen2.5-7B-Instruct"
-LORA_TARGETS = "all-linear"
-MOST_PROMPT = 256  # tokens of a policy's prompt
+MAX_PROMPT = 256  # tokens of a policy's prompt
 
 
-def add_policy_flags(parser) -> None:
+def add_policy_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of every script that loads a model."""
-    group = parser.add_argument_group("models")
-    group.add_argument("--policy", default=None, help=f"base model, a hub name or a folder ({DEFAULT_POLICY})")
-    group.add_argument(
-        "--bits", type=int, choices=(4, 16), default=4, help="weights of the base: NF4 or bf16 (%(default)s)"
-    )
-    group.add_argument(
-        "--batch-size-generate", type=positive, default=64, help="sequences generated at once (%(default)s)"
-    )
+    add = parser.add_argument_group("models").add_argument
+    add("--policy", help=f"base model, a hub name or a folder ({DEFAULT_POLICY})")
+    add("--bits", type=int, choices=(4, 16), default=4, help="weights of the base: NF4 or bf16 (%(default)s)")
+    add("--batch-size-generate", type=positive, default=64, help="sequences generated at once (%(default)s)")
 
 
-def policy_path(args) -> str:
-    """Where the base model is: --policy, or with --offline the tiny model, made first if need be."""
-    if args.policy:
-        if args.policy.startswith((".", "/", "~")) and not Path(args.policy).expanduser().is_dir():
-            fail(f"--policy {args.policy} is no folder; name one that save_pretrained wrote, or a model on the hub")
-        return args.policy
-    if not args.offline:
-        return DEFAULT_POLICY
-    from common.offline.tiny_model import tiny_policy
+def policy_path(args: argparse.Namespace) -> str:
+    """Where the base model is: --policy, or with --offline the tiny model, which is trained first if need be."""
+    if args.offline and not args.policy:
+        from common.offline.tiny_model import tiny_policy
 
-    return str(tiny_policy())
+        return str(tiny_policy())
+    path = args.policy or DEFAULT_POLICY
+    if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
+        fail(f"--policy {path} is not a folder; name one that save_pretrained wrote, or a model on the hub")
+    return path
 
 
-def quiet() -> None:
-    """Libraries that only repeat what the scripts say themselves keep still; torch uses every core."""
+def find_policy(path: str | Path) -> tuple[str, Path | None]:
+    """(base, adapter folder) of a policy: an adapter's folder names its own base; anything else is a base alone."""
+    config = Path(path, "adapter_config.json")
+    if not config.is_file():
+        return str(path), None
+    return json.loads(config.read_text())["base_model_name_or_path"], Path(path)
+
+
+def check_adapter(adapter: Path, base: str) -> None:
+    """End with one line if the adapter is missing or was made for another base."""
+    made_for, folder = find_policy(adapter)
+    if folder is None:
+        fail(f"{adapter} holds no adapter; README's table of the five steps names the command that makes it")
+    if made_for != base:
+        fail(f"{adapter} was made for the base {made_for}, not {base}; pass --policy {made_for} or make it again")
+
+
+def silence_libraries() -> None:
+    """Stop the libraries from printing what the scripts already say, and keep the trainers to one GPU."""
     import logging
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    if "WORLD_SIZE" not in os.environ:  # not started by `accelerate launch`
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU is enough, and the trainers would split over all
+    if "WORLD_SIZE" not in os.environ:  # not started by `accelerate launch`: a trainer would split over every GPU
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     warnings.filterwarnings("ignore")
     import datasets
     import transformers
@@ -56,43 +68,41 @@ def quiet() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def load_base(kind, path: str, bits: int, **kwargs):
-    """from_pretrained with the settings that every model here shares, and one line where it cannot be loaded."""
+def from_pretrained(kind, path: str, **options):
+    """`kind`.from_pretrained(path), or the end with one line where there is no such model."""
+    try:
+        return kind.from_pretrained(path, **options)
+    except (OSError, ValueError) as e:
+        reason = str(e).splitlines()[0]
+        fail(f"cannot load {path}: {reason}; name a folder or a hub model with --policy, or use --offline")
+
+
+def load_base(kind, path: str, bits: int, **options):
+    """A model of this class with the settings that all models here share: bf16 on a GPU or in 4 bits, else fp32."""
     import torch
     from transformers import BitsAndBytesConfig
 
     cuda = torch.cuda.is_available()
-    dtype = torch.bfloat16 if cuda or bits == 4 else torch.float32
     if bits == 4:
-        kwargs["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
-            llm_int8_skip_modules=["lm_head", "score"],
-        )  # fmt: skip
+        nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+        # A classification head (`score`) is trained whole, so it cannot be in NF4.
+        options["quantization_config"] = BitsAndBytesConfig(**nf4, llm_int8_skip_modules=["lm_head", "score"])
+    dtype = torch.bfloat16 if cuda or bits == 4 else torch.float32
     device = {"": int(os.environ.get("LOCAL_RANK", 0))} if cuda else None
-    try:
-        model = kind.from_pretrained(path, dtype=dtype, device_map=device, **kwargs)
-    except (OSError, ValueError) as e:
-        _cannot_load(path, e)
+    model = from_pretrained(kind, path, dtype=dtype, device_map=device, **options)
     for module in model.modules():
-        # On a CPU bitsandbytes repacks the weights, in place, at the first pass in eval mode. What is trained after
-        # that is not the same model any more: its log-probabilities are 0.23 a token away.
+        # On a CPU bitsandbytes repacks the weights, in place, at the first pass in eval mode. A model trained after
+        # that is another one: its log-probabilities are 0.23 a token away.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
 
 
-def _cannot_load(path: str, error: Exception) -> NoReturn:
-    reason = str(error).splitlines()[0]
-    fail(f"cannot load {path}: {reason}; name a folder or a hub model with --policy, or use --offline")
-
-
 def load_tokenizer(path: str):
+    """The tokenizer of a base. It pads on the left, because generation goes on at the right."""
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(path, padding_side="left")
-    except (OSError, ValueError) as e:
-        _cannot_load(path, e)
+    return from_pretrained(AutoTokenizer, path, padding_side="left")
 
 
 def load_policy(path: str, bits: int, adapter: Path | None = None, trainable: bool = False):
@@ -107,49 +117,45 @@ def load_policy(path: str, bits: int, adapter: Path | None = None, trainable: bo
     return model, load_tokenizer(path)
 
 
-def check_adapter(adapter: Path, base: str) -> None:
-    """End with one line if the adapter is missing or was made for another base."""
-    config = adapter / "adapter_config.json"
-    if not config.is_file():
-        fail(f"{adapter} holds no adapter; README's table of the five steps names the command that makes it")
-    made_for = json.loads(config.read_text())["base_model_name_or_path"]
-    if made_for != base:
-        fail(f"{adapter} was made for the base {made_for}, not {base}; pass --policy {made_for} or make it again")
-
-
-def lora(rank: int, alpha: int, task: str, **kwargs):
+def lora(rank: int, alpha: int, task: str, **options):
+    """A LoRA configuration for every linear layer, without dropout (Schulman et al. 2025, "LoRA Without Regret")."""
     from peft import LoraConfig
 
-    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=LORA_TARGETS, task_type=task, **kwargs)
+    return LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type=task, **options)
 
 
 def generate(
-    model, tokenizer, conversations: list[list[dict]], *, temperature: float, top_p: float, max_tokens: int,
-    batch_size: int, seed: int, progress: str = "",
-) -> list[str]:  # fmt: skip
-    """One sampled completion a conversation, as text without special tokens, in the order given.
+    model,
+    tokenizer,
+    conversations: list[Messages],
+    *,
+    temperature: float,
+    max_tokens: int,
+    batch_size: int,
+    seed: int,
+    progress: str = "",
+) -> list[str]:
+    """One sampled completion for each conversation, in their order, as text without special tokens.
 
     Sampling is seeded once for the whole call: the same list, batch size and seed give the same texts.
     """
     import torch
     from tqdm import tqdm
 
+    # Named here, because Qwen's generation_config.json has another top_p, top_k and penalty.
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
+    ending = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     torch.manual_seed(seed)
     was_training = model.training
     model.eval()
     prompts = [tokenizer.apply_chat_template(c, add_generation_prompt=True, tokenize=False) for c in conversations]
     texts = []
     for start in tqdm(range(0, len(prompts), batch_size), desc=progress, disable=not progress, unit="batch"):
-        batch = tokenizer(
-            prompts[start : start + batch_size], return_tensors="pt", padding=True, add_special_tokens=False
-        ).to(model.device)
+        batch = prompts[start : start + batch_size]
+        inputs = tokenizer(batch, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
         with torch.inference_mode():
-            tokens = model.generate(
-                **batch, do_sample=True, temperature=temperature, top_p=top_p, top_k=0, repetition_penalty=1.0,
-                max_new_tokens=max_tokens,
-                pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-            )  # fmt: skip
-        new = tokens[:, batch["input_ids"].shape[1] :]
-        texts += [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+            tokens = model.generate(**inputs, max_new_tokens=max_tokens, **sampling, **ending)
+        completions = tokens[:, inputs["input_ids"].shape[1] :]
+        texts += tokenizer.batch_decode(completions, skip_special_tokens=True)
     model.train(was_training)
-    return texts
+    return [text.strip() for text in texts]

@@ -1,4 +1,8 @@
-"""Prompt files: one a role, in Chinese, a Jinja template with named slots."""
+"""Prompt files: prompts/ROLE.md, one for each role, in Chinese, a Jinja template with named slots.
+
+What stands above a line `---` is the system message, the rest the user's. The files may be edited freely: a slot that
+is not there to fill in, or a fault in the template, ends the script with one line that names file and slot.
+"""
 
 import re
 from functools import lru_cache
@@ -13,8 +17,8 @@ PROMPTS = ROOT / "prompts"
 
 
 @lru_cache
-def _templates(path: Path) -> tuple[list[jinja2.Template | str], set[str]]:
-    """(the parts above and below the `---` of a prompt file, as text where it has no slots; the names of all slots)."""
+def _templates(path: Path) -> tuple[list[jinja2.Template], set[str]]:
+    """(the templates above and below the `---` of a prompt file, the names of all their slots)."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     # `tojson` writes < and > as \u003c and \u003e: what is judged cannot close the <data> it stands in.
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
@@ -22,35 +26,35 @@ def _templates(path: Path) -> tuple[list[jinja2.Template | str], set[str]]:
         fail(f"{path} does not exist; restore it with: git checkout {path}")
     try:
         text = path.read_text(encoding="utf-8")
-        environment.parse(text)  # so that a line it complains of is the file's
-        parts = [part.strip() for part in re.split(r"^---\n", text, flags=re.M)]
-        slots = [jinja2.meta.find_undeclared_variables(environment.parse(part)) for part in parts]
-        templates = [environment.from_string(part) for part in parts]
+        # The whole file is parsed before its parts, so that an error names a line of the file.
+        slots = jinja2.meta.find_undeclared_variables(environment.parse(text))
+        parts = [environment.from_string(part.strip()) for part in re.split(r"^---\n", text, flags=re.M)]
     except jinja2.TemplateSyntaxError as e:
         fail(f"{path}:{e.lineno}: {e.message}")
     except UnicodeDecodeError:
         fail(f"{path}: not UTF-8; save the file as UTF-8")
     if len(parts) > 2:
-        fail(f"{path}: more than one line '---'; one parts the system message from the user's")
-    fixed = [t if names else t.render() for t, names in zip(templates, slots, strict=True)]
-    return fixed, set().union(*slots)
+        fail(f"{path}: more than one line '---'; only the one between the system message and the user's is allowed")
+    return parts, slots
 
 
 def render(role: str, folder: Path = PROMPTS, **slots) -> Messages:
-    """The messages of a role: what stands above `---` in its file is the system message, the rest the user's."""
+    """The messages of a role, system and user or user alone, with the slots filled in."""
     path = folder / f"{role}.md"
     parts, wanted = _templates(path)
-    if missing := sorted(wanted - slots.keys()):
+    missing = sorted(wanted - slots.keys())
+    if missing:
         fail(f"{path}: no slot {', '.join(missing)} here; the slots are {', '.join(sorted(slots))}")
     try:
-        texts = [part if isinstance(part, str) else part.render(slots) for part in parts]
+        texts = [part.render(slots) for part in parts]
     except (jinja2.UndefinedError, TypeError) as e:
         fail(f"{path}: {e}; the slots are {', '.join(sorted(slots))}")
-    roles = ["user"] if len(texts) == 1 else ["system", "user"]
-    return [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]
+    speakers = ["system", "user"][-len(parts) :]
+    return [{"role": speaker, "content": text} for speaker, text in zip(speakers, texts, strict=True)]
 
 
 def prompt_hashes(roles: list[str], folder: Path = PROMPTS) -> dict[str, str]:
+    """Role -> hash of its prompt file, for the settings of a stage."""
     return {role: file_hash(folder / f"{role}.md") for role in roles}
 
 

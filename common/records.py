@@ -1,4 +1,8 @@
-"""The JSONL records that travel between the scripts: read, append, replace."""
+"""The JSONL records that travel between the scripts: read, append, replace.
+
+A record is one JSON object on one line, and its `id` is a stable hash of its content, so every stage joins and resumes
+by id. A record is appended and flushed as soon as it is ready; a file written whole goes through a temporary file.
+"""
 
 import json
 import os
@@ -67,10 +71,8 @@ class Judgement(Candidate):
     examples: list[str] = []  # ids of the retrieved references
     positive: list[str] = []
     negative: list[str] = []
-    judge: dict | None = None  # {reason, verdict}, of the first vote that is with the majority
-    reflect: dict | None = None  # {reason, verdict}, of the same vote
-    votes: list[Literal[0, 1]] = []  # the verdicts that decided the label: one, or --votes
-    judge_votes: list[Literal[0, 1]] = []  # what Judge said in each of them, before Reflect
+    judge: dict | None = None  # {reason, verdict}
+    reflect: dict | None = None  # {reason, verdict}; the verdict that stands, where Reflect is asked
     label: Literal[0, 1] | None = None
     error: str | None = None
     model: str = ""
@@ -104,11 +106,8 @@ class Preference(Record):
 
     @model_validator(mode="after")
     def _two_sides(self):
-        chosen, rejected = (side[-1]["content"] for side in (self.chosen, self.rejected))
-        if not two_sided(chosen, rejected):
-            same = chosen.strip() == rejected.strip()
-            what = "chosen and rejected are the same text" if same else "one side is empty"
-            raise ValueError(f"{what}: delete the pair")
+        if not two_sided(*self.texts[1:]):
+            raise ValueError("chosen and rejected are the same text, or one is empty: delete the pair")
         return self
 
     def content(self) -> tuple:
@@ -139,14 +138,13 @@ R = TypeVar("R", bound=Record)
 def read(path: Path | str, kind: type[R], made_by: str = "", unique: bool = True) -> list[R]:
     """All records of a JSONL file, ids filled in; exit code 2 with file, line and remedy if one cannot be used.
 
-    `made_by` is the command that makes the file; it is named where the file is missing or empty. `unique` refuses two
-    records with one id.
+    `made_by`, the command that makes the file, is named where it is missing or empty. `unique`: refuse one id twice.
     """
     return list(stream(path, kind, made_by, unique))
 
 
 def stream(path: Path | str, kind: type[R], made_by: str = "", unique: bool = True) -> Iterator[R]:
-    """What `read` returns, one record after the other: for files larger than memory should hold."""
+    """The same records one at a time, for files too large to hold in memory."""
     path = Path(path)
     remedy = f"; make it with: {made_by}" if made_by else ""
     if not path.is_file():
@@ -166,9 +164,9 @@ def stream(path: Path | str, kind: type[R], made_by: str = "", unique: bool = Tr
             except ValidationError as e:
                 first = e.errors(include_url=False, include_input=False)[0]
                 field = ".".join(map(str, first["loc"])) or "record"
-                wanted = ", ".join(name for name, f in kind.model_fields.items() if f.is_required())
+                required = ", ".join(name for name, f in kind.model_fields.items() if f.is_required())
                 message = first["msg"].removeprefix("Value error, ")
-                fail(f"{path}:{number}: {field}: {message}; a {kind.__name__.lower()} needs {wanted}")
+                fail(f"{path}:{number}: {field}: {message}; a {kind.__name__.lower()} needs {required}")
             if unique and record.id in first_line:
                 fail(f"{path}:{number}: same id as line {first_line[record.id]} ({record.id}); delete one of the two")
             if unique:
@@ -180,14 +178,18 @@ def stream(path: Path | str, kind: type[R], made_by: str = "", unique: bool = Tr
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The lines of a JSONL file that a step of ours, or a trainer, wrote; none where there is no file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    """The rows of a JSONL file that one of our steps, or a trainer, wrote; none where there is no file."""
+    if not path.is_file():
+        return []
+    # not splitlines(): that also splits at U+2028, which JSON leaves as it is inside a string
+    rows = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(row) for row in rows if row]
 
 
 class Appender:
     """Appends records to a JSONL file, one flushed line each. Opening mends a torn last line by dropping it.
 
-    `done` holds the ids that are in the file, so that a killed run goes on where it was.
+    `done` holds the ids that are in the file, so that a killed run resumes where it was.
     """
 
     def __init__(self, path: Path):
@@ -236,15 +238,14 @@ PARTS = {"reflect": 0.4, "validation": 0.3, "test": 0.3}  # shares of the labell
 
 
 def split_labelled(rows: list[Labelled], seed: int) -> dict[str, list[Labelled]]:
-    """The three fixed parts; a query, and so a contrast pair, is in one part only."""
+    """The three fixed parts, in the order of the rows; a query, and so a contrast pair, is in one part only."""
     parts: dict[str, list[Labelled]] = {name: [] for name in PARTS}
     for row in rows:
-        place, edge = int(digest(seed, row.query), 16) / 16**16, 0.0
-        for name, share in PARTS.items():
-            edge += share
-            if place < edge or name == "test":
-                parts[name].append(row)
-                break
+        draw = int(digest(seed, row.query), 16) / 16**16  # a query's hash is a uniform draw from [0, 1)
+        if draw < PARTS["reflect"]:
+            parts["reflect"].append(row)
+        else:
+            parts["validation" if draw < PARTS["reflect"] + PARTS["validation"] else "test"].append(row)
     for name, part in parts.items():
         if len({row.label for row in part}) < 2 or len(part) < 30:
             fail(f"the {name} part has {len(part)} labelled rows; at least 30, of both labels, are needed: add rows")

@@ -1,4 +1,8 @@
-"""The run folder: flags, lock, stages that resume or refuse, summaries, one-line errors."""
+"""The run folder: the flags and the lock of a script, stages that resume or refuse, summaries, one-line errors.
+
+A stage knows the settings it was made with. Those are whole argparse groups (`settings`), so a flag that is added to
+a script cannot be forgotten in them.
+"""
 
 import argparse
 import errno
@@ -36,36 +40,49 @@ def digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:16]
 
 
-class Refused(Exception):
-    """The endpoint will answer nobody: the whole run has to stop; str() says why and what to do."""
+class Stop(Exception):
+    """The whole run has to stop, for instance because the endpoint answers nobody; str() says why and what to do."""
 
 
-def add_run_flags(parser) -> None:
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that every script has."""
-    group = parser.add_argument_group("run")
-    group.add_argument("--run", type=Path, default=Path("outputs/run"), help="folder of this run (%(default)s)")
-    group.add_argument("--seed", type=int, default=0, help="seed of everything random (%(default)s)")
-    group.add_argument(
-        "--offline", action="store_true", help="no GPU, no network, no key: tiny model, rule-based critic"
-    )
-    group.add_argument(
-        "--redo", action="store_true", help="replace what was made with other settings, prompts or inputs"
-    )
+    add = parser.add_argument_group("run").add_argument
+    add("--run", type=Path, default=Path("outputs/run"), help="folder of this run (%(default)s)")
+    add("--seed", type=int, default=0, help="seed of everything random (%(default)s)")
+    add("--offline", action="store_true", help="no GPU, no network, no key: tiny model, rule-based critic")
+    add("--redo", action="store_true", help="replace what was made with other settings, prompts or inputs")
 
 
 def positive(text: str) -> int:
     """argparse type: a whole number of at least 1."""
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 
-def parse(parser, offline: dict):
-    """Parse the command line; with --offline the defaults in `offline` stand in for the paper's settings."""
+def parse(parser: argparse.ArgumentParser, offline: dict) -> argparse.Namespace:
+    """Parse the command line; with --offline the defaults in `offline` replace the paper's settings.
+
+    The flags of each titled group are remembered in `flag_groups`, for `settings`.
+    """
     parser.error = lambda message: fail(f"{message}; see --help")
     if parser.parse_known_args()[0].offline:
         parser.set_defaults(**offline)
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.flag_groups = {group.title: [flag.dest for flag in group._group_actions] for group in parser._action_groups}
+    return args
+
+
+def settings(args: argparse.Namespace, *groups: str) -> dict:
+    """The seed and every flag of these argparse groups: what a stage is made with. A file counts by its content."""
+    values = {"seed": args.seed}
+    for group in groups:
+        for name in args.flag_groups[group]:
+            value = getattr(args, name)
+            if isinstance(value, list):
+                value = [file_hash(one) if isinstance(one, Path) else one for one in value]
+            values[name] = file_hash(value) if isinstance(value, Path) else value
+    return values
 
 
 def launch(main: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
@@ -93,27 +110,25 @@ def open_run(run: Path) -> Path:
         fail(f"cannot make the folder {run}: {e.strerror}; choose another with --run")
     if not main_process():
         return run
-    lock = open(run / ".lock", "a")  # noqa: SIM115 - held until the process ends
+    _locks.append(open(run / ".lock", "a"))  # noqa: SIM115
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(_locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         fail(f"another process is writing to {run}; wait for it, or choose another folder with --run")
-    open_run.held = lock
     return run
+
+
+_locks: list = []  # open until the process ends: a file that is collected would let go of its lock
 
 
 def file_hash(path: Path | str) -> str:
     """Hash of a file's content, or of every file in a folder; "" where there is none."""
-    path = Path(path)
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
-    if not files:
-        return ""
-    return digest(*map(_sha256, files))
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    hashes = []
+    for file in [Path(path), *sorted(Path(path).rglob("*"))]:
+        if file.is_file():
+            with open(file, "rb") as content:
+                hashes.append(hashlib.file_digest(content, "sha256").hexdigest())
+    return digest(*hashes) if hashes else ""
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -135,34 +150,41 @@ class Stage:
     """
 
     def __init__(self, run: Path, name: str, outputs: list[str], settings: dict, redo: bool = False):
-        self.path, self.started = run / "stages" / f"{name}.json", time.time()
-        self.settings = json.loads(json.dumps(settings, default=str))
-        old = json.loads(self.path.read_text()) if self.path.is_file() else None
-        present = [o for o in outputs if (run / o).exists()]
-        if not main_process():  # the first looks after the files
-            self.done = bool(old and old["done"] and old["settings"] == self.settings and len(present) == len(outputs))
+        self.run, self.name, self.outputs = run, name, outputs
+        self.path = run / "stages" / f"{name}.json"
+        self.settings = json.loads(json.dumps(settings, default=str))  # as they will be read back
+        old = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else None
+        present = [output for output in outputs if (run / output).exists()]
+        same = bool(old) and old["settings"] == self.settings
+        self.done = same and old["done"] and len(present) == len(outputs)
+        if not main_process():  # the first process looks after the files
             return
-        if old and old["settings"] != self.settings:
-            keys = sorted(old["settings"].keys() | self.settings.keys())
-            changed = [k for k in keys if old["settings"].get(k) != self.settings.get(k)]
-            if not redo:
-                before, now = (", ".join(f"{k}={s.get(k)}" for k in changed) for s in (old["settings"], self.settings))
-                fail(
-                    f"{run / outputs[0]} was made with {before}, this call has {now}; nothing was changed: add --redo "
-                    f"to make it again (the old one moves to {run / 'replaced'}), or choose another folder with --run"
-                )
-            aside = run / "replaced" / f"{name}-{time.time_ns()}"
-            aside.mkdir(parents=True)
-            for output in present:
-                (aside / output).parent.mkdir(exist_ok=True)
-                shutil.move(run / output, aside / output)
-            shutil.move(self.path, aside / "settings.json")
-            old = None
-        elif not old and present:
+        if not old and present:
             fail(f"{run / present[0]} is there, but not how it was made; move it away, or choose another --run")
-        self.done = bool(old and old["done"] and len(present) == len(outputs))
+        if old and not same:
+            if not redo:
+                self._refuse(old["settings"])
+            self._move_away(present)
         if not self.done:  # also where it was done once and an output is gone
             self._save(done=False)
+
+    def _refuse(self, before: dict) -> NoReturn:
+        both = before.keys() | self.settings.keys()
+        changed = sorted(name for name in both if before.get(name) != self.settings.get(name))
+        old = ", ".join(f"{name}={before.get(name)}" for name in changed)
+        new = ", ".join(f"{name}={self.settings.get(name)}" for name in changed)
+        fail(
+            f"{self.run / self.outputs[0]} was made with {old}, this call has {new}; nothing was changed: add --redo "
+            f"to make it again (the old one moves to {self.run / 'replaced'}), or choose another folder with --run"
+        )
+
+    def _move_away(self, present: list[str]) -> None:
+        aside = self.run / "replaced" / f"{self.name}-{time.time_ns()}"
+        aside.mkdir(parents=True)
+        for output in present:
+            (aside / output).parent.mkdir(exist_ok=True)
+            shutil.move(self.run / output, aside / output)
+        shutil.move(self.path, aside / "settings.json")
 
     def _save(self, done: bool) -> None:
         replace_file(self.path, json.dumps({"done": done, "settings": self.settings}, ensure_ascii=False, indent=1))
@@ -171,19 +193,17 @@ class Stage:
         self._save(done=True)
 
 
-def write_summary(run: Path, name: str, started: float, settings: dict, figures: dict) -> dict:
-    """Write NAME.json: the figures, how long it took, with which settings and which packages."""
+def write_summary(args: argparse.Namespace, name: str, started: float, figures: dict) -> None:
+    """Write NAME.json: the figures, how long it took, with which flags and which packages."""
     packages = {}
     for package in ("torch", "transformers", "trl", "peft", "bitsandbytes", "vllm", "openai"):
         try:
             packages[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    figures = {"seconds": round(time.time() - started, 1)} | figures
-    summary = figures | {"settings": settings, "packages": packages}
-    text = json.dumps(summary, ensure_ascii=False, indent=1, default=str)
-    replace_file(run / f"{name}.json", text + "\n")
-    return summary
+    flags = {flag: value for flag, value in vars(args).items() if flag != "flag_groups"}
+    summary = {"seconds": round(time.time() - started, 1), **figures, "settings": flags, "packages": packages}
+    replace_file(args.run / f"{name}.json", json.dumps(summary, ensure_ascii=False, indent=1, default=str) + "\n")
 
 
 def read_summary(run: Path, name: str) -> dict:

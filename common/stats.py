@@ -1,75 +1,112 @@
-"""Rates, agreement, bootstrap over queries, and the null baselines beside them."""
+"""Rates, agreement, intervals by bootstrap over queries, figures at equal length, and the null baselines.
+
+Every interval is 95%. The bootstrap draws queries again, not rows: several greetings for one query are not independent.
+"""
+
+from collections.abc import Iterable
+
+RESAMPLES = 2000  # of the queries, for the interval of a mean or of kappa
+REFITS = 200  # the same for a logistic model, which takes longer
+COMPLETE = 0.8  # share of the rows that must have a score for their mean to stand without a mark
 
 
-def rate(right: float, n: int) -> dict:
-    """A share with its 95% Wilson score interval: {"value", "lo", "hi", "n"}; value is None where n is 0."""
+# ---- rates and agreement --------------------------------------------------------------------------------------------
+
+
+def rate(hits: float, n: int) -> dict:
+    """A share with its Wilson score interval: {"value", "lo", "hi", "n"}; value is None where n is 0.
+
+    By hand because scipy's binomtest refuses half hits, and a tie is half a win.
+    """
     if n == 0:
         return {"value": None, "lo": 0.0, "hi": 1.0, "n": 0}
-    z, p = 1.96, right / n
+    z, p = 1.96, hits / n
     middle, spread = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    lo, hi = (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
-    return {"value": round(p, 4), "lo": round(max(0.0, lo), 4), "hi": round(min(1.0, hi), 4), "n": n}
+    lo, hi = max(0.0, (middle - spread) / (1 + z * z / n)), min(1.0, (middle + spread) / (1 + z * z / n))
+    return {"value": round(p, 4), "lo": round(lo, 4), "hi": round(hi, 4), "n": n}
 
 
-def agreement(labels: list[int], verdicts: list[int | None]) -> dict:
-    """How well verdicts agree with labels; rows without a verdict are counted as failed and left out.
+def agreement(labels: list[int], verdicts: list[int | None], queries: list[str]) -> dict:
+    """How well verdicts agree with labels, row by row; rows without a verdict are left out and counted as `failed`.
 
-    kappa is Cohen's, with its large-sample 95% interval (Cohen 1960, doi:10.1177/001316446002000104); 0 for a judge
-    that always says the same. f1, precision and recall are of label 1.
+    `kappa` is Cohen's (1960, doi:10.1177/001316446002000104), 0 for a judge that always says the same; its interval
+    comes from resampling `queries` (one string a row). f1, precision and recall are of label 1.
     """
-    heard = [(label, verdict) for label, verdict in zip(labels, verdicts, strict=True) if verdict is not None]
-    n = len(heard)
-    hits, said, true = (
-        (sum(pick) for pick in zip(*((v == y == 1, v, y) for y, v in heard), strict=True)) if n else (0, 0, 0)
-    )
-    right = sum(label == verdict for label, verdict in heard)
-    chance = (said * true + (n - said) * (n - true)) / n**2 if n else 1.0
-    observed = right / n if n else 0.0
-    kappa = (observed - chance) / (1 - chance) if chance < 1 else 0.0
-    spread = 1.96 * (observed * (1 - observed) / n) ** 0.5 / (1 - chance) if chance < 1 else 0.0
-    precision, recall = hits / said if said else 0.0, hits / true if true else 0.0
-    return {
-        "kappa": round(kappa, 4),
-        "kappa_lo": round(kappa - spread, 4),
-        "kappa_hi": round(kappa + spread, 4),
-        "f1": round(2 * precision * recall / (precision + recall), 4) if precision + recall else 0.0,
-        "precision": round(precision, 4),
-        "recall": round(recall, 4),
-        "accuracy": rate(right, n),
-        "says_good": rate(said, n),
+    import pandas as pd
+
+    rows = pd.DataFrame({"label": labels, "verdict": verdicts, "query": queries}).dropna(subset="verdict")
+    rows = rows.astype({"label": int, "verdict": int})
+    label, verdict, n = rows["label"], rows["verdict"], len(rows)
+    good, says_good, both = int(label.sum()), int(verdict.sum()), int((label & verdict).sum())
+    kappa, lo, hi = _kappa(rows) if n else (0.0, 0.0, 0.0)
+    scores = {"kappa": kappa, "kappa_lo": lo, "kappa_hi": hi, "f1": 2 * both / max(1, good + says_good)}
+    scores |= {"precision": both / max(1, says_good), "recall": both / max(1, good)}
+    return {name: round(float(score), 4) for name, score in scores.items()} | {
+        "accuracy": rate(int((label == verdict).sum()), n),
+        "says_good": rate(says_good, n),
         "n": n,
+        "queries": rows["query"].nunique(),
         "failed": len(labels) - n,
     }
 
 
-RESAMPLES, REFITS = 2000, 200  # of the bootstrap: of a mean, of a logistic model
-COMPLETE = 0.8  # share of the rows that must be scored for a rate to stand without a mark
-
-
-def query_means(rows: list[dict], key: str) -> dict[str, float]:
-    """Query id -> mean of the rows' values, without rows that have none."""
-    groups: dict[str, list[float]] = {}
-    for row in rows:
-        if row.get(key) is not None:
-            groups.setdefault(row["query_id"], []).append(row[key])
-    return {query: sum(values) / len(values) for query, values in groups.items()}
-
-
-def bootstrap(means) -> dict:
-    """Mean of an array of means by query, and its 95% percentile interval.
-
-    The queries are drawn again, not the greetings: several greetings for one query are not independent.
-    """
+def _kappa(rows) -> tuple[float, float, float]:
+    """Cohen's kappa of a frame's columns `label` and `verdict`, and its interval over resamples of its `query`."""
     import numpy as np
 
-    if not len(means):
+    rows = rows.assign(n=1, right=rows["label"] == rows["verdict"])
+    # What a resample adds up to is the sum over the queries that it drew, so one product makes all of them.
+    sums = rows.groupby("query")[["n", "right", "label", "verdict"]].sum().to_numpy()
+    n, right, good, says_good = (times_drawn(len(sums), RESAMPLES) @ sums).T
+    by_chance = (good * says_good + (n - good) * (n - says_good)) / n**2
+    one_label = by_chance == 1  # kappa is 0/0 where judge and labels both know one and the same label only
+    kappas = np.where(one_label, 0.0, (right / n - by_chance) / np.where(one_label, 1.0, 1 - by_chance))
+    lo, hi = np.percentile(kappas[1:], [2.5, 97.5])
+    return kappas[0], lo, hi
+
+
+def times_drawn(n: int, resamples: int):
+    """How often each of n queries is drawn, (1 + resamples, n): each once, then in draws with replacement."""
+    import numpy as np
+
+    return np.vstack([np.ones(n), np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), resamples)])
+
+
+# ---- means over queries ---------------------------------------------------------------------------------------------
+
+
+def where(rows: list[dict], column: str, value: object) -> list[dict]:
+    """The rows that have this value in this column."""
+    return [row for row in rows if row[column] == value]
+
+
+def column(rows: list[dict], name: str) -> list:
+    """This column of the rows; None where a row has no such value."""
+    return [row.get(name) for row in rows]
+
+
+def query_means(rows, key: str) -> dict[str, float]:
+    """Query id -> mean of its rows' values (dicts or a frame); rows, and queries, without a value are left out."""
+    import pandas as pd
+
+    values = pd.DataFrame(rows, columns=["query_id", key]).dropna()
+    return values.groupby("query_id", sort=False)[key].mean().to_dict()
+
+
+def bootstrap(means: Iterable[float]) -> dict:
+    """The mean of one number a query, with its percentile interval: {"value", "lo", "hi", "n"}, None where n is 0."""
+    import numpy as np
+
+    numbers = np.array(list(means), dtype=float)
+    n = len(numbers)
+    if n == 0:
         return {"value": None, "lo": None, "hi": None, "n": 0}
-    means = np.array(list(means), dtype=float)
-    draws = np.random.default_rng(0).integers(0, len(means), (RESAMPLES, len(means)))
-    return interval(means.mean(), means[draws].mean(axis=1), len(means))
+    draws = np.random.default_rng(0).integers(0, n, (RESAMPLES, n))
+    return interval(numbers.mean(), numbers[draws].mean(axis=1), n)
 
 
 def interval(value: float, resampled, n: int) -> dict:
+    """A value with the percentile interval of its resamples, rounded as every figure of the report is."""
     import numpy as np
 
     lo, hi = np.percentile(resampled, [2.5, 97.5])
@@ -77,42 +114,25 @@ def interval(value: float, resampled, n: int) -> dict:
 
 
 def mean_of(rows: list[dict], key: str) -> dict:
-    """Mean over queries with its interval; `scored` is the share of rows that have a score, `incomplete` below 80%."""
-    scored = sum(r.get(key) is not None for r in rows) / max(1, len(rows))
-    found = bootstrap(query_means(rows, key).values())
-    return found | {"scored": round(scored, 4)} | ({"incomplete": True} if 0 < scored < COMPLETE else {})
+    """Mean over queries with its interval, and `scored`, the share of rows with a score; `incomplete` below 80%."""
+    figure = bootstrap(query_means(rows, key).values())
+    scored = sum(row.get(key) is not None for row in rows) / max(1, len(rows))
+    figure["scored"] = round(scored, 4)
+    if 0 < scored < COMPLETE:
+        figure["incomplete"] = True
+    return figure
 
 
-def paired(after: dict[str, float], before: dict[str, float]) -> dict:
+def paired_difference(after: dict[str, float], before: dict[str, float]) -> dict:
     """Difference of two means over the queries that both have, and in words whether it is more than noise."""
-    gap = bootstrap([after[query] - before[query] for query in sorted(after.keys() & before.keys())])
-    more = gap["n"] and (gap["lo"] > 0 or gap["hi"] < 0)
-    return gap | {"words": "more than noise" if more else "inside noise"}
+    shared = sorted(after.keys() & before.keys())
+    difference = bootstrap([after[query] - before[query] for query in shared])
+    beyond_noise = difference["n"] and (difference["lo"] > 0 or difference["hi"] < 0)
+    difference["words"] = "more than noise" if beyond_noise else "inside noise"
+    return difference
 
 
-def logistic(x, y, weights):
-    """Coefficients of a logistic model without intercept for shares y in [0, 1]: a tie is half a win, half a loss."""
-    import numpy as np
-    from sklearn.linear_model import LogisticRegression
-
-    sides = np.repeat([1, 0], len(y))
-    model = LogisticRegression(C=100.0, fit_intercept=False, solver="newton-cholesky")
-    return model.fit(np.vstack([x, x]), sides, np.concatenate([weights * y, weights * (1 - y)])).coef_[0]
-
-
-def sigmoid(x):
-    import numpy as np
-
-    return 1 / (1 + np.exp(-x))
-
-
-def resampled_fits(x, y, queries: list[str]):
-    """Coefficients of a logistic model, first of all rows, then of REFITS bootstrap resamples of the queries."""
-    import numpy as np
-
-    known, at = np.unique(queries, return_inverse=True)
-    draws = np.random.default_rng(0).multinomial(len(known), np.full(len(known), 1 / len(known)), REFITS)
-    return np.array([logistic(x, y, weights[at].astype(float)) for weights in [np.ones(len(known)), *draws]])
+# ---- at equal length ------------------------------------------------------------------------------------------------
 
 
 def excellence_at_equal_length(rows: list[dict], names: list[str]) -> dict[str, dict]:
@@ -123,21 +143,26 @@ def excellence_at_equal_length(rows: list[dict], names: list[str]) -> dict[str, 
     of a query is left out: all policies write for the same queries.
     """
     import numpy as np
+    import pandas as pd
+    from scipy.special import expit
 
-    rows = [r for r in rows if r["excellent"] is not None]
-    if not rows:
+    table = pd.DataFrame(rows, columns=["policy", "query_id", "response", "excellent"]).dropna()
+    if table.empty:
         return {}
-    lengths = np.array([len(r["response"]) for r in rows], dtype=float)
-    length = np.tanh((lengths - lengths.mean()) / (lengths.std() or 1.0))
-    x = np.column_stack([[r["policy"] == name for r in rows] for name in names] + [length]).astype(float)
-    fits = resampled_fits(x, np.array([r["excellent"] for r in rows], dtype=float), [r["query_id"] for r in rows])
-    n = len({r["query_id"] for r in rows})
-    found = {}
-    for i, name in enumerate(names):
-        if any(r["policy"] == name for r in rows):
-            shares = sigmoid(fits[:, i, None] + fits[:, -1, None] * length).mean(axis=1)
-            found[name] = interval(shares[0], shares[1:], n)
-    return found
+    lengths = table["response"].str.len()
+    # tanh: beyond a point, still longer is hardly still better. Standardised, so that one penalty fits every task.
+    length_term = np.tanh((lengths - lengths.mean()) / (lengths.std(ddof=0) or 1.0)).to_numpy()
+    of_policies = [table["policy"] == name for name in names]
+    design = np.column_stack([*of_policies, length_term])
+    fits = resampled_fits(design, table["excellent"], table["query_id"])
+
+    figures = {}
+    for column, name in enumerate(names):
+        if design[:, column].any():
+            # The policy's chance at the length of each greeting that anybody wrote, on average.
+            chances = expit(fits[:, column, None] + fits[:, -1, None] * length_term).mean(axis=1)
+            figures[name] = interval(chances[0], chances[1:], table["query_id"].nunique())
+    return figures
 
 
 def wins_of(comparisons: list[dict], names: list[str]) -> dict:
@@ -147,32 +172,56 @@ def wins_of(comparisons: list[dict], names: list[str]) -> dict:
     is set to zero, as in length-controlled AlpacaEval (Dubois et al. 2024, arXiv 2404.04475).
     """
     import numpy as np
+    import pandas as pd
+    from scipy.special import expit
 
-    heard = [c for c in comparisons if c["outcome"] is not None]
-    asked = [c["same"] for c in heard if c["same"] is not None]
-    found = {
-        "swap_consistency": rate(sum(asked), len(asked)),
-        "compared": len(comparisons),
-        "failed": len(comparisons) - len(heard),
-    }
-    if not heard:
-        return found | {"judged": {}, "at_equal_length": {}}
-    judged: dict[str, dict] = {name: {} for name in names}
-    fair: dict[str, dict] = {name: {} for name in names}
-    gaps = np.array([c["longer_by"] for c in heard], dtype=float)
-    x = np.column_stack(
-        [[(c["a"] == name) - (c["b"] == name) for c in heard] for name in names] + [np.tanh(gaps / (gaps.std() or 1.0))]
-    ).astype(float)
-    fits = resampled_fits(x, np.array([c["outcome"] for c in heard]), [c["query_id"] for c in heard])
+    table = pd.DataFrame(comparisons, columns=["a", "b", "query_id", "longer_by", "outcome", "same"])
+    answered = table.dropna(subset="outcome")
+    same = answered["same"].dropna()  # None for two equal texts: nobody was asked
+    figures = {"swap_consistency": rate(int(same.sum()), len(same)), "compared": len(table)}
+    figures |= {"failed": len(table) - len(answered), "judged": {}, "at_equal_length": {}}
+    if answered.empty:
+        return figures
+    # One model for all policies: what a and b are worth against c also says what a is worth against b.
+    of_policies = [(answered["a"] == name).astype(float) - (answered["b"] == name) for name in names]
+    gaps = answered["longer_by"]
+    design = np.column_stack([*of_policies, np.tanh(gaps / (gaps.std(ddof=0) or 1.0))])
+    fits = resampled_fits(design, answered["outcome"], answered["query_id"])
+
+    mirrored = answered.rename(columns={"a": "b", "b": "a"}).assign(outcome=1 - answered["outcome"])
+    from_both_sides = pd.concat([answered, mirrored]).sort_index()
     for i, a in enumerate(names):
+        figures["judged"][a], figures["at_equal_length"][a] = {}, {}
         for j, b in enumerate(names):
-            rows = [c for c in heard if {c["a"], c["b"]} == {a, b}]
-            if a != b and rows:
-                shares = {c["query_id"]: c["outcome"] if c["a"] == a else 1 - c["outcome"] for c in rows}
-                judged[a][b] = bootstrap(shares.values())
-                chances = sigmoid(fits[:, i] - fits[:, j])
-                fair[a][b] = interval(chances[0], chances[1:], len(rows))
-    return found | {"judged": judged, "at_equal_length": fair}
+            between = from_both_sides.query("a == @a and b == @b")
+            if len(between):
+                figures["judged"][a][b] = bootstrap(query_means(between, "outcome").values())
+                chances = expit(fits[:, i] - fits[:, j])
+                figures["at_equal_length"][a][b] = interval(chances[0], chances[1:], len(between))
+    return figures
+
+
+def resampled_fits(design, shares, queries):
+    """Coefficients of a logistic model without intercept, (1 + REFITS, columns): of all rows, then of resamples.
+
+    `shares` are in [0, 1], a row of `design` each: a tie is half a win and half a loss.
+    """
+    import numpy as np
+    from sklearn.linear_model import LogisticRegression
+
+    different, query_of_row = np.unique(queries, return_inverse=True)
+    shares = np.array(shares, dtype=float)
+    # scikit-learn wants whole outcomes: every row stands there twice, as a win and as a loss, weighted by its share.
+    outcomes = np.repeat([1, 0], len(shares))
+    model = LogisticRegression(C=100.0, fit_intercept=False, solver="newton-cholesky")
+    fits = []
+    for draw in times_drawn(len(different), REFITS):
+        weights = np.concatenate([shares, 1 - shares]) * np.tile(draw[query_of_row], 2)
+        fits.append(model.fit(np.vstack([design, design]), outcomes, weights).coef_[0])
+    return np.array(fits)
+
+
+# ---- null baselines -------------------------------------------------------------------------------------------------
 
 
 class NgramClassifier:
@@ -193,18 +242,27 @@ class NgramClassifier:
         return self.pipeline.decision_function(texts).tolist()
 
 
+def best_threshold(scores: list[float], labels: list[int], thresholds: Iterable[float]) -> float:
+    """The first of these thresholds at which "good if the score is at least this" is most often right."""
+    best, most_right = 0.0, -1
+    for threshold in thresholds:
+        right = sum((score >= threshold) == label for score, label in zip(scores, labels, strict=True))
+        if right > most_right:
+            best, most_right = threshold, right
+    return best
+
+
 def length_rule(texts: list[str], labels: list[int]) -> int:
     """A null baseline: the number of characters from which saying "good" is most often right on these texts."""
     lengths = [len(text) for text in texts]
-    return max(
-        range(1, max(lengths) + 2), key=lambda n: sum((k >= n) == y for k, y in zip(lengths, labels, strict=True))
-    )
+    return int(best_threshold(lengths, labels, range(1, max(lengths) + 2)))
 
 
 def null_verdicts(texts: list[str], labels: list[int], unseen: list[str]) -> dict[str, list[int]]:
     """What both null baselines, fitted on labelled texts, say of unseen ones: 1 good, 0 not."""
-    least, ngrams = length_rule(texts, labels), NgramClassifier(texts, labels)
+    least = length_rule(texts, labels)
+    classifier = NgramClassifier(texts, labels)
     return {
         "length": [int(len(text) >= least) for text in unseen],
-        "n-grams": [int(odds > 0) for odds in ngrams(unseen)],
+        "n-grams": [int(log_odds > 0) for log_odds in classifier(unseen)],
     }

@@ -1,4 +1,4 @@
-"""How many requests may be under way."""
+"""How many requests may be under way, and when none may leave: one throttle for all that a client asks."""
 
 import asyncio
 import sys
@@ -9,44 +9,49 @@ from tqdm import tqdm
 
 
 class Throttle:
-    """How many requests may be under way: --concurrency at most, half as many after a rate limit, slowly more again.
-
-    A rate limit also holds every request back until the time the endpoint named.
+    """`async with throttle` waits for a place: there are --concurrency at most, half as many after a rate limit, and
+    slowly more again. A rate limit also holds every request back until the time that the endpoint named.
     """
 
-    GROWTH = 1.05  # per second in which answers come
+    GROWTH = 1.05  # of the limit, per second in which answers come
 
     def __init__(self, most: int):
-        self.most, self.limit, self.under_way = most, float(most), 0
-        self.not_before = self.grown = 0.0
-        self.waiting: deque[asyncio.Future] = deque()
+        self.most = most
+        self.limit = float(most)  # a fraction of a place counts once it is whole
+        self.under_way = 0
+        self.waiting: deque[asyncio.Future] = deque()  # first come, first served
+        # By time.monotonic(): when requests may leave again, and when the limit has grown last.
+        self.not_before = 0.0
+        self.last_growth = 0.0
 
     async def __aenter__(self) -> None:
         if self.waiting or self.under_way >= int(self.limit):
             self.waiting.append(asyncio.get_running_loop().create_future())
-            await self.waiting[-1]  # whoever leaves counts the place as taken
+            await self.waiting[-1]  # who leaves hands the place over, counted as taken
         else:
             self.under_way += 1
-        while (pause := self.not_before - time.monotonic()) > 0:
-            await asyncio.sleep(pause)
+        while time.monotonic() < self.not_before:  # a loop: the pause may be prolonged meanwhile
+            await asyncio.sleep(self.not_before - time.monotonic())
 
     async def __aexit__(self, *exc) -> None:
         self.under_way -= 1
         while self.waiting and self.under_way < int(self.limit):
             future = self.waiting.popleft()
-            if not future.done():
+            if not future.done():  # done: whoever waited was cancelled
                 self.under_way += 1
                 future.set_result(None)
 
     def answered(self) -> None:
-        """Let a little more through."""
+        """An answer has come: let a little more through, in proportion to the time since the last growth."""
         now = time.monotonic()
         if self.limit < self.most and now > self.not_before:
-            self.limit = min(self.most, self.limit * self.GROWTH ** min(1.0, now - max(self.grown, self.not_before)))
-            self.grown = now
+            # A second at most: a long silence is no sign that the endpoint can take more.
+            seconds = min(1.0, now - max(self.last_growth, self.not_before))
+            self.limit = min(self.most, self.limit * self.GROWTH**seconds)
+            self.last_growth = now
 
     def limited(self, sent: float, wait: float) -> None:
-        """A request that left at `sent` met a rate limit: hold everything for `wait` seconds.
+        """A request that left at `sent` (by time.monotonic()) met a rate limit: hold everything for `wait` seconds.
 
         Requests that left before the last pause tell nothing new: they do not halve again.
         """

@@ -1,37 +1,50 @@
-"""What TRL's trainers need here: settings, progress, several processes, curves."""
+"""What TRL's trainers need here: GRPO's flags, shared settings, progress, several processes, resuming, curves."""
 
 import argparse
 import json
 import os
 from pathlib import Path
 
-from common.run_folder import fail, main_process, replace_file
+from common.run_folder import ROOT, fail, main_process, positive, replace_file
+
+
+def add_grpo_flags(parser: argparse.ArgumentParser) -> None:
+    """GRPO's settings, the paper's by default: for step 4, for the checks before it and for the export to verl."""
+    add = parser.add_argument_group("GRPO").add_argument
+    add("--queries", type=Path, default=ROOT / "data/queries.jsonl", help="what the policy writes for")
+    add("--rank", type=positive, default=16, help="LoRA rank, also of the SFT (%(default)s)")
+    add("--learning-rate", type=float, default=3e-6, help="%(default)s")
+    add("--epochs", type=float, default=5, help="over the queries (%(default)s)")
+    add("--steps", type=int, default=-1, help="updates, instead of --epochs")
+    add("--queries-per-step", type=positive, default=32, help="written for at once (%(default)s)")
+    add("--mini-batch", type=positive, default=16, help="queries in one update (%(default)s)")
+    add("--samples", type=positive, default=4, help="completions a query (%(default)s)")
+    add("--max-tokens", type=positive, default=512, help="of a completion (%(default)s)")
+    add("--temperature", type=float, default=1.0, help="of the rollouts (%(default)s)")
+    add("--kl", type=float, default=0.001, help="coefficient of the KL term (%(default)s)")
 
 
 def trainer_settings(bits: int) -> dict:
-    """Settings that every TRL trainer here shares: bf16 where load_base takes it, no tracker, no bar but ours."""
+    """Settings that every TRL trainer here shares: bf16 where load_base takes it, what else a GPU asks for."""
     import torch
 
     cuda = torch.cuda.is_available()
-    return {
-        "bf16": cuda or bits == 4,
-        "use_cpu": not cuda,
-        "gradient_checkpointing": cuda,
-        "report_to": [],
-        "disable_tqdm": True,
-    }
+    return {"bf16": cuda or bits == 4, "use_cpu": not cuda, "gradient_checkpointing": cuda}
 
 
 def per_process(batch: int, accumulation: int) -> tuple[int, int]:
     """(batch, accumulation) of each process of `accelerate launch`, so that all together make the same update."""
-    n = int(os.environ.get("WORLD_SIZE", 1))
-    if accumulation % n and batch % n:
-        fail(f"{n} processes cannot share {accumulation} batches of {batch} an update: make one of the two a multiple "
-             f"of {n}, with --batch-size, --accumulation, --sft-batch-size, --mini-batch or --micro-batch")  # fmt: skip
-    return (batch // n, accumulation) if accumulation % n else (batch, accumulation // n)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if accumulation % processes == 0:
+        return batch, accumulation // processes
+    if batch % processes == 0:
+        return batch // processes, accumulation
+    flags = "--batch-size, --accumulation, --sft-batch-size, --mini-batch or --micro-batch"
+    problem = f"{processes} processes cannot share {accumulation} batches of {batch} an update"
+    fail(f"{problem}: make one of the two a multiple of {processes}, with {flags}")
 
 
-def of_all_processes(rows: list) -> list:
+def gather_rows(rows: list) -> list:
     """The rows of every process of `accelerate launch`, in the order of the processes, in each of them."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return rows
@@ -47,18 +60,18 @@ def progress_callback(title: str, shown: list[str], metrics: Path | None = None)
 
     class Progress(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
-            quiet = not main_process()
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=title, unit="step", disable=quiet)
+            hidden = not main_process()
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=title, unit="step", disable=hidden)
 
         def on_step_end(self, args, state, control, **kwargs):
             self.bar.update(state.global_step - self.bar.n)
 
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            figures = {k: v for k, v in (logs or {}).items() if isinstance(v, int | float)}
-            self.bar.set_postfix({k: f"{figures[k]:.3g}" for k in shown if k in figures})
+        def on_log(self, args, state, control, logs, **kwargs):
+            figures = {name: value for name, value in logs.items() if isinstance(value, int | float)}
+            self.bar.set_postfix({name: f"{figures[name]:.3g}" for name in shown if name in figures})
             if metrics and "loss" in figures and main_process():
                 with open(metrics, "a", encoding="utf-8") as file:
-                    file.write(json.dumps({"step": state.global_step} | figures) + "\n")
+                    file.write(json.dumps({"step": state.global_step, **figures}) + "\n")
 
         def on_train_end(self, args, state, control, **kwargs):
             self.bar.close()
@@ -66,7 +79,7 @@ def progress_callback(title: str, shown: list[str], metrics: Path | None = None)
     return Progress()
 
 
-def prepare(trainer) -> None:
+def fix_trainer(trainer) -> None:
     """What every TRL trainer here needs once it is built.
 
     On a 4-bit base TRL turns the adapter to bf16, whose steps near 0.01 are larger than a whole update at the paper's
@@ -78,18 +91,41 @@ def prepare(trainer) -> None:
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    for kind in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(kind)
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+
+
+def drop_rows_after(path: Path, last_step: int) -> None:
+    """What was logged after the last checkpoint comes again; a torn last line goes too."""
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last newline is torn, or empty
+    remaining = [line + "\n" for line in lines if json.loads(line)["step"] <= last_step]
+    replace_file(path, "".join(remaining))
+
+
+def resume_training(args: argparse.Namespace, trainer, checkpoints: Path) -> None:
+    """Train from the last checkpoint if there is one. What step 4 has logged after it is dropped."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+    from transformers.trainer_utils import get_last_checkpoint
+
+    last = get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None
+    done = int(last.rpartition("-")[2]) if last else -1  # -1: nothing was saved, everything comes again
+    drop_rows_after(args.run / f"metrics_{args.reward}.jsonl", done)
+    drop_rows_after(args.run / f"watch_{args.reward}.jsonl", done)
+    drop_rows_after(args.run / f"rollouts_{args.reward}.jsonl", done - 1)  # they carry the step before their update
+    if last and Path(last, "ref").is_dir():
+        # Where TRL has put a reference beside it, the trainer restores that and forgets the adapter that is trained.
+        set_peft_model_state_dict(trainer.model, load_peft_weights(last), adapter_name="default")
+    trainer.train(resume_from_checkpoint=last)
 
 
 def draw_curves(path: Path, panels: dict[str, dict[str, list[tuple[float, float]]]]) -> None:
     """An SVG file with a panel for each title, in it a line for each label, through its (step, value) points."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(4.2 * len(panels), 3), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
         for label, points in lines.items():
             if points:
@@ -98,24 +134,3 @@ def draw_curves(path: Path, panels: dict[str, dict[str, list[tuple[float, float]
         if axis.lines:
             axis.legend(frameon=False, fontsize=8)
     figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
-
-
-def go_on(args: argparse.Namespace, trainer, checkpoints: Path) -> None:
-    """Train from the last checkpoint if there is one; what was logged after it is dropped, for it comes again."""
-    from peft import load_peft_weights, set_peft_model_state_dict
-    from transformers.trainer_utils import get_last_checkpoint
-
-    last = get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None
-    done = json.loads(Path(last, "trainer_state.json").read_text())["global_step"] if last else 0
-    for kind, least in (("metrics", 1), ("rollouts", 0), ("watch", 0)):  # rollouts carry the step they are made in
-        path = args.run / f"{kind}_{args.reward}.jsonl"
-        if path.is_file():
-            whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]
-            rows = [(json.loads(line)["step"], line) for line in whole]
-            kept = [line for step, line in rows if last and step < done + (least or kind == "watch")]
-            replace_file(path, "".join(kept))
-    if last and Path(last, "ref").is_dir():
-        # Where TRL has put a reference beside it, the trainer restores that and forgets the adapter that is trained.
-        set_peft_model_state_dict(trainer.model, load_peft_weights(last), adapter_name="default")
-    trainer.train(resume_from_checkpoint=last)

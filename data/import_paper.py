@@ -16,9 +16,8 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-
-import jsonlines
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.prompts import PROMPTS, conversation
@@ -38,34 +37,138 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def present(folder: Path, name: str) -> Path:
+def require(folder: Path, name: str) -> Path:
     path = folder / name
-    return (
-        path
-        if path.is_file()
-        else fail(f"{path} does not exist; clone the authors' repository: git clone {REPOSITORY}")
-    )
+    if not path.is_file():
+        fail(f"{path} does not exist; clone the authors' repository: git clone {REPOSITORY}")
+    return path
 
 
 def read_json(folder: Path, name: str) -> list[dict]:
     """A list of objects, written either as one JSON array or one object a line."""
-    path = present(folder, name)
+    path = require(folder, name)
     text = path.read_text(encoding="utf-8")
     try:
         if text.lstrip().startswith("["):
             return json.loads(text)
-        return list(jsonlines.Reader(text.splitlines()).iter(type=dict, skip_empty=True))
-    except (json.JSONDecodeError, jsonlines.InvalidLineError) as e:
+    except json.JSONDecodeError as e:
         fail(f"{path}:{e.lineno}: not JSON; clone the authors' repository again: git clone {REPOSITORY}")
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            if line.strip():
+                rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            fail(f"{path}:{number}: not JSON; clone the authors' repository again: git clone {REPOSITORY}")
+    return rows
+
+
+@dataclass
+class Release:
+    """What the clone holds. A triple is (query, chosen text, rejected text)."""
+
+    triples: dict[str, list[tuple[str, str, str]]]  # "train", "test"
+    queries: dict[str, list[str]]  # "train", "test", "all"
+    demonstrations: list[tuple[str, str]]  # (query, text) of supervised fine-tuning
+    labelled: list[Labelled]
+
+
+def read_release(folder: Path) -> Release:
+    triples, queries = {}, {}
+    for side in ("train", "test"):
+        triples[side] = []
+        for row in read_json(folder, f"reward_model/reward_data_{side}.json"):
+            query = row["conversations"][0]["value"]
+            triples[side].append((query, row["chosen"]["value"], row["rejected"]["value"]))
+        queries[side] = grpo_queries(folder, f"{side}.parquet")
+    queries["all"] = require(folder, "random_query.txt").read_text(encoding="utf-8").splitlines()
+    demonstrations = [(row["instruction"], row["output"]) for row in read_json(folder, "sft/sft_data.json")]
+    labelled = [Labelled(**row) for row in read_json(folder, "evaluation_set/evaluate_data.json")]
+    return Release(triples, queries, demonstrations, labelled)
 
 
 def grpo_queries(folder: Path, name: str) -> list[str]:
     """The queries of a parquet file of RL prompts, without the sentence that stands before each."""
     import pyarrow.parquet
 
-    table = pyarrow.parquet.read_table(present(folder, f"grpo_data/{name}"), columns=["prompt"])
+    table = pyarrow.parquet.read_table(require(folder, f"grpo_data/{name}"), columns=["prompt"])
     prompts = table.to_pydict()["prompt"]
     return [prompt[0]["content"].removeprefix("请只生成一条祝福语：") for prompt in prompts]
+
+
+# ---- the audit ------------------------------------------------------------------------------------------------------
+
+
+def share(flags: Iterable[bool]) -> dict:
+    """The rate of true ones among these flags, with its interval and n."""
+    flags = list(flags)
+    return rate(sum(flags), len(flags))
+
+
+def length_accuracy(labelled: list[Labelled]) -> tuple[int, dict]:
+    """The number of characters from which "good" is most often right, and how often it is."""
+    least = length_rule([row.response for row in labelled], [row.label for row in labelled])
+    return least, share((len(row.response) >= least) == row.label for row in labelled)
+
+
+def ngram_accuracy(labelled: list[Labelled]) -> dict:
+    """How often a classifier on character n-grams is right on rows that it was not trained on (5 folds)."""
+    right = 0
+    for fold in range(FOLDS):
+        seen = [row for number, row in enumerate(labelled) if number % FOLDS != fold]
+        unseen = labelled[fold::FOLDS]
+        classifier = NgramClassifier([row.response for row in seen], [row.label for row in seen])
+        odds = classifier([row.response for row in unseen])
+        right += sum((o > 0) == row.label for o, row in zip(odds, unseen, strict=True))
+    return rate(right, len(labelled))
+
+
+def audit(release: Release) -> dict[str, dict]:
+    """What a model could learn from the release without understanding a greeting, and what it could remember."""
+    train, test = release.triples["train"], release.triples["test"]
+    labelled, demonstrations = release.labelled, release.demonstrations
+    train_queries = {query for query, _, _ in train}
+    chosen_rows = {(query, chosen) for query, chosen, _ in train}
+    chosen_texts = {chosen for _, chosen, _ in train + test}
+    sft_rows, sft_texts = set(demonstrations), {text for _, text in demonstrations}
+    (opening, times), *_ = Counter(text[:2] for _, text in demonstrations).most_common(1)
+    least, by_length = length_accuracy(labelled)
+    good = [row for row in labelled if row.label]
+    return {
+        "longer wins, training pairs": share(len(chosen) > len(rejected) for _, chosen, rejected in train),
+        "longer wins, test pairs": share(len(chosen) > len(rejected) for _, chosen, rejected in test),
+        f"labelled rows: at least {least} characters is good": by_length,
+        "labelled rows: character n-grams, 5 folds": ngram_accuracy(labelled),
+        "labelled rows that are (query, chosen) of the training pairs": share(
+            (row.query, row.response) in chosen_rows for row in labelled
+        ),
+        "positive labelled rows that are (query, chosen) of the training pairs": share(
+            (row.query, row.response) in chosen_rows for row in good
+        ),
+        "labelled rows whose (query, text) is an SFT row": share(
+            (row.query, row.response) in sft_rows for row in labelled
+        ),
+        "labelled rows whose text is an SFT output": share(row.response in sft_texts for row in labelled),
+        "SFT outputs that are chosen texts": share(text in chosen_texts for _, text in demonstrations),
+        f"SFT outputs that open with {opening}": rate(times, len(demonstrations)),
+        "labelled rows repeated": rate(len(labelled) - len(distinct(labelled)), len(labelled)),
+        "pairs left out: the same text on both sides, or none on one": share(
+            not two_sided(chosen, rejected) for _, chosen, rejected in train + test
+        ),
+        "test pairs whose query is in the training pairs": share(query in train_queries for query, _, _ in test),
+    }
+
+
+def clean(release: Release) -> list[Labelled]:
+    """The labelled rows whose text is in no training set."""
+    texts = {text for _, text in release.demonstrations}
+    for triples in release.triples.values():
+        for _, chosen, rejected in triples:
+            texts.update((chosen, rejected))
+    return [row for row in release.labelled if row.response not in texts]
+
+
+# ---- the records ----------------------------------------------------------------------------------------------------
 
 
 def distinct(records: Iterable) -> list:
@@ -77,106 +180,61 @@ def answer(text: str) -> list[dict]:
     return [{"role": "assistant", "content": text}]
 
 
-def best_length_rule(labelled: list[Labelled]) -> tuple[int, dict]:
-    """The number of characters from which "good" is most often right, and how often it is."""
+def preferences(triples: list[tuple[str, str, str]]) -> list[Preference]:
+    rows = []
+    for query, chosen, rejected in triples:
+        if two_sided(chosen, rejected):
+            sides = {"chosen": answer(chosen), "rejected": answer(rejected)}
+            rows.append(Preference(prompt=conversation(query, PROMPTS), query=query, why="as released", **sides))
+    return rows
 
-    least = length_rule([r.response for r in labelled], [r.label for r in labelled])
-    return least, rate(sum((len(r.response) >= least) == r.label for r in labelled), len(labelled))
+
+def candidates(triples: list[tuple[str, str, str]]) -> list[Candidate]:
+    """Both texts of every pair, for step 1 to judge again."""
+    rows = []
+    for query, chosen, rejected in triples:
+        for text, label in ((chosen, 1), (rejected, 0)):
+            if text.strip():
+                rows.append(Candidate(query=query, response=text, source="the paper's pairs", given_label=label))
+    return rows
 
 
-def ngrams_right(labelled: list[Labelled]) -> dict:
-    """How often a classifier on character n-grams is right on rows that it was not trained on (5 folds)."""
-    right = 0
-    for fold in range(FOLDS):
-        seen = [r for i, r in enumerate(labelled) if i % FOLDS != fold]
-        model = NgramClassifier([r.response for r in seen], [r.label for r in seen])
-        unseen = labelled[fold::FOLDS]
-        right += sum((odds > 0) == r.label for odds, r in zip(model([r.response for r in unseen]), unseen, strict=True))
-    return rate(right, len(labelled))
+def demonstrations(pairs: list[tuple[str, str]]) -> list[Demonstration]:
+    rows = []
+    for query, text in pairs:
+        rows.append(Demonstration(prompt=conversation(query, PROMPTS), query=query, completion=answer(text)))
+    return rows
 
 
 def main(args: argparse.Namespace) -> int:
-    found = sorted(args.clone.rglob("reward_model/reward_data_train.json"))
-    if not found:
+    marks = sorted(args.clone.rglob("reward_model/reward_data_train.json"))
+    if not marks:
         fail(f"{args.clone} holds no reward_model/reward_data_train.json; clone: git clone {REPOSITORY}")
-    folder = found[0].parent.parent
-
-    triples = {
-        side: [(r["conversations"][0]["value"], r["chosen"]["value"], r["rejected"]["value"]) for r in rows]
-        for side, rows in ((s, read_json(folder, f"reward_model/reward_data_{s}.json")) for s in ("train", "test"))
-    }
-    demonstrations = [(r["instruction"], r["output"]) for r in read_json(folder, "sft/sft_data.json")]
-    labelled = [Labelled(**r) for r in read_json(folder, "evaluation_set/evaluate_data.json")]
-    queries = {side: grpo_queries(folder, f"{side}.parquet") for side in ("train", "test")}
-    every = present(folder, "random_query.txt").read_text(encoding="utf-8").splitlines()
-
-    chosen = {(q, c) for q, c, _ in triples["train"]}
-    chosen_texts = {c for side in triples.values() for _, c, _ in side}
-    training_texts = {t for side in triples.values() for _, c, r in side for t in (c, r)} | {
-        o for _, o in demonstrations
-    }
-    positives = [r for r in labelled if r.label]
-    least, by_length = best_length_rule(labelled)
-    sft_rows, sft_outputs = set(demonstrations), {output for _, output in demonstrations}
-    openings = Counter(output[:2] for _, output in demonstrations)
-    train, test = triples["train"], triples["test"]
-    train_queries = {q for q, _, _ in train}
-    audit = {
-        "longer wins, training pairs": rate(sum(len(c) > len(r) for _, c, r in train), len(train)),
-        "longer wins, test pairs": rate(sum(len(c) > len(r) for _, c, r in test), len(test)),
-        f"labelled rows: at least {least} characters is good": by_length,
-        "labelled rows: character n-grams, 5 folds": ngrams_right(labelled),
-        "labelled rows that are (query, chosen) of the training pairs": rate(
-            sum((r.query, r.response) in chosen for r in labelled), len(labelled)),
-        "positive labelled rows that are (query, chosen) of the training pairs": rate(
-            sum((r.query, r.response) in chosen for r in positives), len(positives)),
-        "labelled rows whose (query, text) is an SFT row": rate(
-            sum((r.query, r.response) in sft_rows for r in labelled), len(labelled)),
-        "labelled rows whose text is an SFT output": rate(
-            sum(r.response in sft_outputs for r in labelled), len(labelled)),
-        "SFT outputs that are chosen texts": rate(
-            sum(o in chosen_texts for _, o in demonstrations), len(demonstrations)),
-        f"SFT outputs that open with {openings.most_common(1)[0][0]}": rate(
-            openings.most_common(1)[0][1], len(demonstrations)),
-        "labelled rows repeated": rate(len(labelled) - len(distinct(labelled)), len(labelled)),
-        "pairs left out: the same text on both sides, or none on one": rate(
-            sum(not two_sided(c, r) for _, c, r in train + test), len(train) + len(test)),
-        "test pairs whose query is in the training pairs": rate(
-            sum(q in train_queries for q, _, _ in test), len(test)),
-    }  # fmt: skip
+    release = read_release(marks[0].parent.parent)
+    shares = audit(release)
+    labelled = release.labelled
     if args.clean:
-        labelled = [r for r in labelled if r.response not in training_texts]
-        audit["labelled rows left after --clean, positive"] = rate(sum(r.label for r in labelled), len(labelled))
+        labelled = clean(release)
+        shares["labelled rows left after --clean, positive"] = share(row.label == 1 for row in labelled)
 
-    def preferences(side: str) -> list[Preference]:
-        return distinct(
-            Preference(
-                prompt=conversation(q, PROMPTS), query=q, chosen=answer(c), rejected=answer(r), why="as released"
-            )
-            for q, c, r in triples[side]
-            if two_sided(c, r)
-        )
-
+    train, test = release.triples["train"], release.triples["test"]
     files = {
-        "preferences.train.jsonl": preferences("train"),
-        "preferences.test.jsonl": preferences("test"),
-        "candidates.jsonl": distinct(  # both texts of every pair, for step 1 to judge again
-            Candidate(query=q, response=t, source="the paper's pairs", given_label=label)
-            for side in triples.values() for q, c, r in side for t, label in ((c, 1), (r, 0)) if t.strip()
-        ),
-        "sft.jsonl": distinct(Demonstration(prompt=conversation(q, PROMPTS), query=q, completion=answer(o))
-                              for q, o in demonstrations),
-        "queries.jsonl": distinct(Query(query=q) for q in queries["train"] if q.strip()),
-        "queries_heldout.jsonl": distinct(Query(query=q) for q in queries["test"] if q.strip()),
-        "queries_all.jsonl": distinct(Query(query=q) for q in every if q.strip()),
-        "labelled.jsonl": distinct(labelled),
-    }  # fmt: skip
-    for name, records in files.items():
-        write(args.out / name, records)
-        print(f"{len(records):6}  {args.out / name}")
-    replace_file(args.out / "audit.json", json.dumps(audit, ensure_ascii=False, indent=1) + "\n")
+        "preferences.train.jsonl": preferences(train),
+        "preferences.test.jsonl": preferences(test),
+        "candidates.jsonl": candidates(train + test),
+        "sft.jsonl": demonstrations(release.demonstrations),
+        "queries.jsonl": [Query(query=query) for query in release.queries["train"] if query.strip()],
+        "queries_heldout.jsonl": [Query(query=query) for query in release.queries["test"] if query.strip()],
+        "queries_all.jsonl": [Query(query=query) for query in release.queries["all"] if query.strip()],
+        "labelled.jsonl": labelled,
+    }
+    for name, rows in files.items():
+        rows = distinct(rows)
+        write(args.out / name, rows)
+        print(f"{len(rows):6}  {args.out / name}")
+    replace_file(args.out / "audit.json", json.dumps(shares, ensure_ascii=False, indent=1) + "\n")
     print()
-    for name, r in audit.items():
+    for name, r in shares.items():
         if r["n"]:
             print(f"{r['value']:7.1%}  [{r['lo']:.1%}, {r['hi']:.1%}]  of {r['n']:5}  {name}")
     return 0

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import engine as rooms
 from common.engine import Writer, engine_class
 from common.offline.tiny_model import tiny_policy
-from common.policy import load_policy, lora, quiet
+from common.policy import load_policy, lora, silence_libraries
 from common.prompts import PROMPTS, conversation
 
 QUERIES = ["给老师的教师节祝福", "生日祝福 朋友", "中秋节祝福语给妈妈", "新婚快乐祝福", "祝同事升职", "春节拜年短信"]
@@ -60,7 +60,7 @@ def step_4(exchanged: str) -> int:
     grpo.load_policy, rooms.engine_class = loading, engine
     if exchanged == "original_base":
         rooms.rollout_base = lambda base, bits: base
-    code = grpo.launch(grpo.main, grpo.parse_args())
+    code = grpo.run_folder.launch(grpo.main, grpo.parse_args())
     print(json.dumps({"base_unchanged": all(quantised_hash(model) == before for model, before in loaded)}))
     return code
 
@@ -71,7 +71,7 @@ def modules() -> None:
     from peft import get_peft_model
     from vllm import SamplingParams
 
-    quiet()
+    silence_libraries()
     base = str(tiny_policy())
     engine = engine_class(base, 4, 16)(
         model=base, max_model_len=160, max_num_seqs=16, logprobs_mode="processed_logprobs", seed=0
@@ -122,7 +122,7 @@ def writer() -> None:
     import torch
     from peft import get_peft_model
 
-    quiet()
+    silence_libraries()
     base = str(tiny_policy())
     write = Writer(argparse.Namespace(engine="vllm", bits=4, max_tokens=24, seed=0))
     asked = [conversation(query, PROMPTS) for query in QUERIES]
@@ -132,7 +132,8 @@ def writer() -> None:
             if "lora_B" in name:
                 part.data = torch.randn(part.shape, generator=torch.Generator().manual_seed(0)) * 0.3
         model.save_pretrained(scratch)
-        print(json.dumps([write(base, a, asked, temperature=1.0, seed=5) for a in (None, Path(scratch), None)]))
+        how = {"temperature": 1.0, "seed": 5, "progress": ""}
+        print(json.dumps([write(base, adapter, asked, **how) for adapter in (None, Path(scratch), None)]))
 
 
 if __name__ == "__main__":

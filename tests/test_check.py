@@ -20,7 +20,7 @@ MODELS = raw({"object": "list", "data": [{"id": "m", "object": "model", "created
 
 def check(*flags: object, **environment: str) -> tuple[int, dict[str, tuple[str, str]], str]:
     """(exit code, check -> (verdict, what was said with its remedy), all of stdout)"""
-    done = run_script("check.py", *flags, NO_PROXY="127.0.0.1", **environment)
+    done = run_script("tools/check.py", *flags, NO_PROXY="127.0.0.1", **environment)
     assert "Traceback" not in done.stderr, done.stderr
     found, name = {}, ""
     for line in done.stdout.partition("\n\n")[0].splitlines():
@@ -34,7 +34,7 @@ def check(*flags: object, **environment: str) -> tuple[int, dict[str, tuple[str,
 
 @pytest.mark.skipif(gpu_gib() is not None, reason="there is a GPU here")
 def test_a_machine_that_has_none_of_it_is_told_all_of_it(tmp_path: Path) -> None:
-    code, found, _ = check("--serve", HF_HOME=str(tmp_path))
+    code, found, _ = check(HF_HOME=str(tmp_path))
     assert code == 2 and set(found) == {
         "GPU and driver", "GPU memory", "memory", "disk", "models", "engine", "endpoint"
     }  # fmt: skip
@@ -64,25 +64,41 @@ def test_an_endpoint_that_will_not_do(models: object, remedy: str) -> None:
     assert found["endpoint"][0] == "FAILS" and remedy in found["endpoint"][1]
 
 
-def test_a_port_that_is_taken_and_one_where_nobody_answers() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        _, found, _ = check("--serve", port)
-        assert found["endpoint"][0] == "FAILS" and "is taken" in found["endpoint"][1]
+def test_a_port_where_nobody_answers() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     _, found, _ = check("--base-url", f"http://127.0.0.1:{port}/v1")
-    assert found["endpoint"][0] == "FAILS" and "use --serve" in found["endpoint"][1]
+    assert found["endpoint"][0] == "FAILS" and "does not answer" in found["endpoint"][1]
+
+
+def test_the_port_of_the_judges_server_has_to_be_free() -> None:
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            taken.bind(("127.0.0.1", 8000))
+            taken.listen()
+        except OSError:
+            pass  # something else listens there, which is as good
+        _, found, _ = check()
+    assert found["endpoint"][0] == "FAILS" and "port 8000 is taken" in found["endpoint"][1]
+
+
+def test_what_does_not_fit_on_the_gpu_is_told_and_how_it_would() -> None:
+    _, found, _ = check("--gpu-memory", 60)
+    assert found["GPU memory"][0] == "FAILS" and "with --sleep it does" in found["GPU memory"][1]
+    assert check("--gpu-memory", 40, "--judge-memory", 0)[1]["GPU memory"][0] == "ok"
 
 
 def test_money_follows_from_the_counts() -> None:
     def last(*flags: object) -> list[float]:
-        return [float(x) for x in check("--serve", *flags)[2].splitlines()[-1].split()[1:]]
+        return [float(x) for x in check(*flags)[2].splitlines()[-1].split()[1:]]
 
     calls, greetings, hours, money = last("--price-in", 1, "--price-out", 2)
     assert calls > 20000 and greetings > 17000 and hours > 0
     assert money == pytest.approx(calls * (700 + 2 * 160) / 1e6, rel=0.01)
-    assert last("--votes", 3)[0] > 2 * calls and last()[3] == 0
+    less = last("--epochs", 1)  # GRPO's flags are step 4's
+    assert less[0] < calls - 5000 and less[3] == 0
 
 
 @pytest.fixture
@@ -94,7 +110,8 @@ def shell(tmp_path: Path) -> Path:
     folder = tmp_path / ".venv/bin"
     folder.mkdir(parents=True)
     note = f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps(sys.argv[1:]), file=open('asked', 'a'))\n"
-    (folder / "python").write_text(note + "sys.exit(int(os.environ['CHECK']) if sys.argv[1] == 'check.py' else 0)\n")
+    code = "sys.exit(int(os.environ['CHECK']) if sys.argv[1] == 'tools/check.py' else 0)\n"
+    (folder / "python").write_text(note + code)
     (folder / "pip").write_text("#!/bin/sh\n")
     for file in folder.iterdir():
         file.chmod(0o755)
@@ -110,14 +127,14 @@ def asked(shell: Path, code: int, *flags: str) -> list[list[str]]:
 
 
 def test_the_paper_run_is_checked_before_its_first_step(shell: Path) -> None:
-    assert asked(shell, 2, "--paper", "--run", "x") == [["check.py", "--run", "x", "--serve"]]
+    assert asked(shell, 2, "--paper", "--run", "x") == [["tools/check.py", "--run", "x"]]
 
 
 def test_the_paper_run_gives_every_step_the_same_flags(shell: Path) -> None:
     first, *steps = asked(shell, 0, "--paper", "--base-url", "https://judge.example/v1")
-    assert first == ["check.py", "--base-url", "https://judge.example/v1"] and len(steps) == 7
+    assert first == ["tools/check.py", "--base-url", "https://judge.example/v1"] and len(steps) == 7
     assert all(step[-2:] == ["--base-url", "https://judge.example/v1"] and "--offline" not in step for step in steps)
 
 
 def test_checks_alone_run_no_step(shell: Path) -> None:
-    assert asked(shell, 0, "--check") == [["check.py", "--serve"]]
+    assert asked(shell, 0, "--check") == [["tools/check.py"]]

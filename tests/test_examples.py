@@ -9,7 +9,7 @@ from conftest import ROOT, lines, run_script
 
 from common.records import Labelled, Query, Reference, read, split_labelled
 
-CARDS = ROOT / "examples/birthday_cards"
+CARDS = ROOT / "docs/birthday_cards"
 
 
 def test_the_files_are_what_the_steps_take() -> None:

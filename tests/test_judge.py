@@ -1,5 +1,6 @@
 """Step 3 as a subprocess against a loopback endpoint: a judge that never gets worse, whatever the agents say."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -11,9 +12,10 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, lines, run_script
-from endpoint import TOKENS, Reply, Served, chat, critic, endpoint, spelled, status
-from test_llm import data_of
+from endpoint import TOKENS, Reply, Served, chat, critic, data_of, endpoint, settings, spelled, status
 
+from common.client import Client
+from common.judge import judge_greeting
 from common.offline.tiny_model import tiny_policy
 from common.prompts import read_rules
 from common.records import Labelled, read, split_labelled
@@ -80,16 +82,16 @@ def test_it_gets_better_and_what_it_did_is_on_record(server: Served, tmp_path: P
 def test_tokens_are_those_of_the_answers_that_a_version_rests_on(
     server: Served, tmp_path: Path, labelled: Path
 ) -> None:
-    versions, summary = refine(tmp_path / "run", labelled, server.url, "--votes", 3)
+    versions, summary = refine(tmp_path / "run", labelled, server.url)
     rounds, so_far = ([v["tokens"][key] for v in versions] for key in ("round", "so_far"))
     assert [[sum(r[side] for r in rounds[: n + 1]) for side in (0, 1)] for n in range(len(rounds))] == so_far
     validation = split_labelled(read(labelled, Labelled), 0)["validation"]
     fixed = [row for row in lines(tmp_path / "run/redteam.jsonl") if row["source"] == "fixed"]
     judged = {(r.query, r.response) for r in validation} | {(r["query"], r["response"]) for r in fixed}
-    assert rounds[0] == [3 * len(judged) * tokens for tokens in TOKENS]
+    assert rounds[0] == [len(judged) * tokens for tokens in TOKENS]
     assert len(versions) > 1 and rounds[1][0] > 0 and summary["tokens"] == so_far[-1]
     spent = [summary["ledger"][name] for name in ("input_tokens", "output_tokens")]
-    test_part = 2 * 3 * (summary["test"]["final"]["n"] + summary["test"]["final"]["false_accept"]["n"])
+    test_part = 2 * (summary["test"]["final"]["n"] + summary["test"]["final"]["false_accept"]["n"])
     assert [s - t for s, t in zip(spent, so_far[-1], strict=True)] <= [test_part * tokens for tokens in TOKENS]
 
 
@@ -180,6 +182,22 @@ def test_a_grade_is_the_reward_of_step_4(server: Served, run: Path, tmp_path: Pa
     assert len(rows) > 8
     for row in rows:
         assert row["reward"] == pytest.approx(0.75 if len(row["response"]) % 2 else 0.1), row
+
+
+def test_step_3_asked_again_books_nothing_of_step_4(server: Served, tmp_path: Path, labelled: Path) -> None:
+    """The judge is the same role in both steps, and what it costs is booked to the step that asks."""
+    run = tmp_path / "run"
+    _, before = refine(run, labelled, server.url)
+
+    async def step_4() -> None:
+        async with Client(settings(server.url, run=run), "04_judge") as client:
+            for n in range(50):
+                await judge_greeting(client, "教师节", f"老师好{n}。", ["通顺"])
+
+    asyncio.run(step_4())
+    server.asked.clear()
+    _, after = refine(run, labelled, server.url, "--attribute")
+    assert after["ledger"]["calls"] == before["ledger"]["calls"] + len(server.asked)
 
 
 @pytest.mark.parametrize(("flag", "silent"), [("--no-adversary", "generator"), ("--no-reflection", "reflector")])

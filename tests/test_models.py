@@ -10,7 +10,7 @@ from common.offline.tiny_model import tiny_policy
 from common.policy import generate, load_policy, lora
 from common.prompts import conversation
 from common.records import Query, read
-from common.rewards import RewardModel
+from common.reward_model import RewardModel
 from common.stats import NgramClassifier, length_rule
 from common.trainers import trainer_settings
 
@@ -30,7 +30,7 @@ def queries() -> list[str]:
 def greetings(base: str, queries: list[str], bits: int, seed: int) -> list[str]:
     model, tokenizer = load_policy(base, bits)
     return generate(
-        model, tokenizer, [conversation(q, PROMPTS) for q in queries], temperature=0.7, top_p=1.0, max_tokens=40,
+        model, tokenizer, [conversation(q, PROMPTS) for q in queries], temperature=0.7, max_tokens=40,
         batch_size=8, seed=seed,
     )  # fmt: skip
 

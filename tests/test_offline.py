@@ -8,9 +8,9 @@ from conftest import ROOT
 
 from common.answers import Answer, FlawedGreeting, Grades, Lesson, Points, Rules, Verdict
 from common.lexicon import clauses
-from common.offline.critic import answer, flaws_of_strategy
-from common.offline.flaws import FLAWS, flaws_of, flaws_spoken_of, grades
-from common.offline.tiny_model import _training_texts
+from common.offline.critic import answer, flaws_of_strategy, grades
+from common.offline.flaws import FLAWS, flaws_of, flaws_spoken_of
+from common.offline.tiny_model import training_texts
 from common.prompts import render
 from common.records import Labelled, Reference, read
 
@@ -101,7 +101,7 @@ def test_a_greeting_for_another_occasion_or_person_is_never_excellent() -> None:
 
 def test_the_base_of_the_tiny_model_repeats_and_flatters_nobody() -> None:
     """A policy that does has learnt to, from its reward."""
-    texts = _training_texts(random.Random(3))
+    texts = training_texts(random.Random(3))
     written = [next(texts) for _ in range(400)]
     flaws = [flaws_of(*row) for row in written]
     assert not any("flattery" in found for found in flaws)

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, lines, run_script
+from conftest import ROOT, lines, run_script, small_steps
 
 from common.offline.tiny_model import tiny_policy
 from common.policy import load_tokenizer
@@ -105,14 +105,9 @@ def test_the_report_stands_alone(run: Path) -> None:
 
 def test_a_second_call_finds_everything_done(run: Path) -> None:
     before = tree_hash(run)
-    queries, heldout = run.parent / "queries.jsonl", run.parent / "heldout.jsonl"
-    for script, *flags in (
-        ("01_curate_preferences.py", "--queries", queries, "--samples", 6),
-        ("03_refine_judge.py", "--rounds", 3),
-        ("04_grpo.py", "--reward", "judge", "--steps", 4, "--queries", queries),
-        ("05_evaluate.py", "--queries", heldout),
-    ):
-        done = run_script(script, "--offline", "--run", run, *flags)
+    commands = small_steps(run.parent)
+    for step in ("01", "03", "04_judge", "05"):
+        done = run_script(*commands[step], "--offline", "--run", run)
         assert done.returncode == 0 and "done already" in done.stdout, done.stdout + done.stderr
     assert tree_hash(run) == before
 
@@ -149,21 +144,11 @@ def test_an_edited_prompt_redoes_its_own_stage_and_nothing_before_it(run: Path, 
     shutil.copytree(ROOT / "prompts", prompts)
     judge = (prompts / "judge.md").read_text(encoding="utf-8")
     (prompts / "judge.md").write_text(judge.replace("3. 篇幅不是依据。", "3. 篇幅长短不是依据。"), encoding="utf-8")
-    flags = [
-        "--offline",
-        "--run",
-        copy,
-        "--samples",
-        6,
-        "--queries",
-        run.parent / "queries.jsonl",
-        "--prompts",
-        prompts,
-    ]
-    refused = run_script("01_curate_preferences.py", *flags)
+    command = [*small_steps(run.parent)["01"], "--offline", "--run", copy, "--prompts", prompts]
+    refused = run_script(*command)
     assert refused.returncode == 2 and "prompts" in refused.stderr and "--redo" in refused.stderr
     calls = json.loads((copy / "01_summary.json").read_text())["ledger"]["calls"]
-    done = run_script("01_curate_preferences.py", *flags, "--redo")
+    done = run_script(*command, "--redo")
     assert done.returncode == 0, done.stderr
     assert (copy / "candidates.jsonl").read_bytes() == (run / "candidates.jsonl").read_bytes()
     judged = len(lines(copy / "judgements.jsonl"))

@@ -1,4 +1,4 @@
-"""Step 4 with transformers' generation: rewards that fail, a killed run, the watch, the plan, the merged model."""
+"""Step 4 with transformers' generation: rewards that fail, a killed run, the watch, the plan, a merged policy."""
 
 import argparse
 import asyncio
@@ -21,10 +21,11 @@ from common.offline.tiny_model import tiny_policy
 from common.policy import load_policy
 from common.prompts import PROMPTS
 from common.records import Query
-from common.rewards import RewardModel, Rewards
-from common.run_folder import Refused
+from common.rewards import Rewards
+from common.run_folder import Stop
+from common.trainers import drop_rows_after
+from common.watch import Watch
 
-grpo = importlib.import_module("04_grpo")
 GOOD = "愿你今晚的灯火暖而不晃，推门就有人喊你的名字。"
 SMALL = ["--queries-per-step", 4, "--mini-batch", 4, "--samples", 4, "--micro-batch", 16, "--max-tokens", 12]
 
@@ -32,8 +33,7 @@ SMALL = ["--queries-per-step", 4, "--mini-batch", 4, "--samples", 4, "--micro-ba
 @pytest.fixture
 def folder(run: Path, tmp_path: Path) -> Path:
     """A run folder with what GRPO starts from, and nothing of step 4 but the SFT policy."""
-    for name in ("policy_sft", "rm"):
-        shutil.copytree(run / name, tmp_path / "run" / name)
+    shutil.copytree(run / "policy_sft", tmp_path / "run/policy_sft")
     shutil.copy(run / "principles.jsonl", tmp_path / "run")
     return tmp_path / "run"
 
@@ -56,7 +56,7 @@ def judged(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         with endpoint(*replies) as served:
             served.dwell = dwell
             usual = {"reward": "judge", "run": tmp_path, "principles": run / "principles.jsonl", "attempts": 1}
-            args = settings(served.url, **usual | {"judge_weight": 0.5, "length_penalty": 0.0} | changed)
+            args = settings(served.url, **usual | changed)
 
             async def rewards() -> list[float | None]:
                 found = Rewards(args, "")
@@ -102,7 +102,7 @@ def test_a_few_failures_give_no_signal_and_are_counted(judged: Callable, tmp_pat
 
 
 def test_mostly_failures_stop_the_run(judged: Callable) -> None:
-    with pytest.raises((SystemExit, Refused)):
+    with pytest.raises((SystemExit, Stop)):
         judged([f"第{n}盏灯{GOOD}" for n in range(10)], status(400))
 
 
@@ -130,16 +130,10 @@ def test_nothing_written_earns_nothing_and_is_not_asked(judged: Callable) -> Non
 
 def test_a_reward_that_is_no_number_is_no_reward(judged: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        Rewards, "judged", lambda self, q, text: asyncio.sleep(0, (float("nan") if "一" in text else 1.0, ""))
+        Rewards, "verdict", lambda self, q, text: asyncio.sleep(0, (float("nan") if "一" in text else 1.0, ""))
     )
     rewards, metrics, _ = judged(["一", "二", "三", "四", "五"], critic)
     assert rewards == [None, 1.0, 1.0, 1.0, 1.0] and metrics["failed_judgements"] == 1
-
-
-def test_length_can_be_made_to_cost(judged: Callable) -> None:
-    verdict = chat('{"reason": "好", "verdict": 1}')
-    rewards, _, _ = judged([GOOD, GOOD * 4], verdict, length_penalty=0.5)
-    assert rewards == pytest.approx([1 - 0.005 * len(GOOD), 1 - 0.02 * len(GOOD)])
 
 
 # ---- the run --------------------------------------------------------------------------------------------------------
@@ -152,13 +146,13 @@ def without_times(path: Path) -> list[dict]:
 def test_a_killed_run_goes_on_as_if_nothing_had_been(folder: Path, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     shutil.copytree(folder, whole)
-    more = ["--reward", "judge", "--steps", "6", "--save-every", "2", "--watch-every", "2", "--watch-queries", "8"]
+    more = ["--reward", "judge", "--steps", "4", "--save-every", "2", "--watch-every", "2", "--watch-queries", "8"]
     done = run_script("04_grpo.py", *flags(whole), *more)
     assert done.returncode == 0, done.stderr
     command = [sys.executable, "04_grpo.py", *flags(folder), *more]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     metrics, deadline = folder / "metrics_judge.jsonl", time.time() + 300
-    while time.time() < deadline and not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 5):
+    while time.time() < deadline and not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 3):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -168,9 +162,18 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(folder: Path, tmp_path: Pat
     assert lines(folder / "rollouts_judge.jsonl") == lines(whole / "rollouts_judge.jsonl")
     assert lines(folder / "watch_judge.jsonl") == lines(whole / "watch_judge.jsonl")
     resumed, unbroken = without_times(metrics), without_times(whole / "metrics_judge.jsonl")
-    assert [row["step"] for row in resumed] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in resumed] == [1, 2, 3, 4]
     for a, b in zip(resumed, unbroken, strict=True):
         assert a == pytest.approx(b, abs=1e-5, nan_ok=True)
+
+
+def test_rows_after_the_checkpoint_and_a_torn_one_are_dropped(tmp_path: Path) -> None:
+    rows = [json.dumps({"step": step, "text": "一\u2028二"}, ensure_ascii=False) + "\n" for step in (1, 2, 2, 3)]
+    (tmp_path / "log.jsonl").write_text("".join(rows) + rows[0][:9], encoding="utf-8")
+    drop_rows_after(tmp_path / "log.jsonl", 2)
+    assert (tmp_path / "log.jsonl").read_text(encoding="utf-8") == "".join(rows[:3])
+    drop_rows_after(tmp_path / "log.jsonl", -1)  # no checkpoint: everything comes again
+    assert (tmp_path / "log.jsonl").read_text() == ""
 
 
 def test_a_step_without_any_spread_teaches_nothing(folder: Path) -> None:
@@ -183,17 +186,6 @@ def test_a_step_without_any_spread_teaches_nothing(folder: Path) -> None:
     assert all((before[name].float() - after[name].float()).abs().max() < 1e-4 for name in before)
 
 
-def test_both_rewards_are_weighted(folder: Path) -> None:
-    done = run_script("04_grpo.py", *flags(folder, "--reward", "both", "--steps", 1, "--judge-weight", 0.25))
-    assert done.returncode == 0, done.stderr
-    rows = lines(folder / "rollouts_both.jsonl")
-    rm = RewardModel(folder / "rm", str(tiny_policy()), 16, PROMPTS)
-    rows = [row for row in rows if row["response"].strip()]
-    for row, score in zip(rows, rm.score([(r["query"], r["response"]) for r in rows]), strict=True):
-        rest = row["reward"] - 0.75 * score
-        assert min(abs(rest), abs(rest - 0.25)) < 1e-3
-
-
 def test_the_merged_model_is_base_and_adapter(folder: Path, tmp_path: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
@@ -203,7 +195,8 @@ def test_the_merged_model_is_base_and_adapter(folder: Path, tmp_path: Path) -> N
     rng = torch.Generator().manual_seed(0)
     trained = {name: torch.randn(w.shape, generator=rng) * 0.1 for name, w in load_file(weights).items()}
     save_file(trained, weights, metadata={"format": "pt"})
-    grpo.merge(argparse.Namespace(bits=16, run=folder, name="policy_sft", merge=tmp_path / "merged"), base)
+    done = run_script("tools/merge_adapter.py", folder / "policy_sft", tmp_path / "merged", "--bits", 16)
+    assert done.returncode == 0, done.stderr
     model, tokenizer = load_policy(base, 16, folder / "policy_sft")
     one = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     ids = tokenizer(GOOD, return_tensors="pt")
@@ -222,12 +215,12 @@ def look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[floa
     """look(grades, rewards so far) -> the row of a look at texts with these grades."""
     args = argparse.Namespace(seed=0, watch_queries=40, reward="rm", run=tmp_path, temperature=1.0, max_tokens=8,
                               batch_size_generate=8, prompts=PROMPTS)  # fmt: skip
-    watch = grpo.Watch(args, [Query(query=f"问{n}") for n in range(40)])
-    monkeypatch.setattr(grpo, "generate", lambda *a, **k: [""] * 40)
+    watch = Watch(args, [Query(query=f"问{n}") for n in range(40)])
+    monkeypatch.setattr(watch, "write", lambda model, tokenizer: [""] * 40)
     step = iter(range(100))
 
     def once(grades: list[float], rewards: list[float]) -> dict:
-        monkeypatch.setattr(watch, "grades", lambda texts: asyncio.sleep(0, grades))
+        monkeypatch.setattr(watch, "grade", lambda texts: asyncio.sleep(0, grades))
         return watch.look(None, None, next(step), rewards)
 
     return once

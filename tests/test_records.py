@@ -1,7 +1,7 @@
-"""The JSONL files and the run folder: what is read, mended, kept, refused; and the figures computed from verdicts."""
+"""The JSONL files and the run folder: what is read, mended, kept, refused."""
 
+import argparse
 import json
-import random
 import shutil
 import subprocess
 import sys
@@ -9,12 +9,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from sklearn.metrics import accuracy_score, cohen_kappa_score, f1_score, precision_score, recall_score
 
 from common import run_folder
-from common.records import PARTS, Appender, Candidate, Labelled, Preference, Query, read, split_labelled, write
+from common.records import (
+    PARTS,
+    Appender,
+    Candidate,
+    Labelled,
+    Preference,
+    Query,
+    read,
+    read_lines,
+    split_labelled,
+    write,
+)
 from common.run_folder import ROOT, Stage, digest, open_run
-from common.stats import agreement, rate
 
 GREETINGS = [Candidate(query=f"祝福 {n}", response=f"第{n}句：愿你“平安”喜乐 🎉，万事如意。") for n in range(3)]
 SIX = b"".join(b'{"query": "%d"}\n' % n for n in range(6))
@@ -120,6 +129,61 @@ def test_write_leaves_the_old_file_when_it_fails(tmp_path: Path, rows: list) -> 
     assert path.read_bytes() == before and read(path, Candidate) == GREETINGS
 
 
+def test_a_line_separator_inside_a_text_does_not_tear_its_row(tmp_path: Path) -> None:
+    rows = [{"text": "愿你\u2028平安"}, {"text": "\x85\u2029"}]
+    write(tmp_path / "rows.jsonl", rows)
+    assert read_lines(tmp_path / "rows.jsonl") == rows and read_lines(tmp_path / "missing.jsonl") == []
+
+
+# ---- settings: the flags of named groups ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict]:
+    """The settings of a stage of the group "data", if a script is called with these flags."""
+
+    def settings(*flags: object) -> dict:
+        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, flags)])
+        parser = argparse.ArgumentParser()
+        run_folder.add_run_flags(parser)
+        add = parser.add_argument_group("data").add_argument
+        add("--rows", type=int, default=4)
+        add("--labels", type=Path)
+        add("--more", type=Path, nargs="*", default=[])
+        parser.add_argument_group("pace").add_argument("--concurrency", type=int, default=8)
+        return run_folder.settings(run_folder.parse(parser, {"rows": 2}), "data")
+
+    return settings
+
+
+def test_only_the_seed_and_the_flags_of_named_groups_are_settings(call: Callable[..., dict]) -> None:
+    assert call() == {"seed": 0, "rows": 4, "labels": None, "more": []}
+    assert call("--offline") == call("--rows", 2) == {"seed": 0, "rows": 2, "labels": None, "more": []}
+    assert call("--seed", 7)["seed"] == 7
+    assert call("--concurrency", 1, "--run", "elsewhere", "--redo") == call()
+
+
+def test_a_file_counts_by_its_content_and_not_by_its_name(tmp_path: Path, call: Callable[..., dict]) -> None:
+    one, same, other = (tmp_path / name for name in ("one", "same", "other"))
+    one.write_text("a")
+    same.write_text("a")
+    other.write_text("b")
+    assert call("--labels", one) == call("--labels", same) != call("--labels", other)
+    assert call("--more", one, other) == call("--more", same, other) != call("--more", one)
+
+
+def test_a_summary_names_figures_flags_and_packages(tmp_path: Path) -> None:
+    args = argparse.Namespace(run=tmp_path, seed=3, flag_groups={"run": ["run", "seed"]})
+    run_folder.write_summary(args, "09_summary", 0.0, {"pairs": 5})
+    summary = run_folder.read_summary(tmp_path, "09_summary")
+    assert summary["pairs"] == 5 and summary["seconds"] > 0 and "torch" in summary["packages"]
+    assert summary["settings"] == {"run": str(tmp_path), "seed": 3}
+    assert run_folder.read_summary(tmp_path, "08_summary") == {}
+
+
+# ---- stages ---------------------------------------------------------------------------------------------------------
+
+
 def make_stage(run: Path, text: str = "old", finish: bool = True, **settings: object) -> Stage:
     stage = Stage(run, "01_step", ["a.jsonl", "model"], {"seed": 0, "samples": 4} | settings)
     (run / "model").mkdir(exist_ok=True)
@@ -152,8 +216,7 @@ def test_changed_settings_stop_a_stage_and_change_nothing(tmp_path: Path, refusa
     assert tree(tmp_path) == before
 
 
-def test_redo_moves_the_old_outputs_and_settings_to_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_folder.time, "strftime", lambda *a: "20250101-000000")  # also a second redo in one second
+def test_redo_moves_the_old_outputs_and_settings_to_replaced(tmp_path: Path) -> None:
     make_stage(tmp_path, "first")
     for number, text in ((8, "second"), (16, "third")):
         assert not reopen(tmp_path, redo=True, samples=number).done
@@ -192,52 +255,14 @@ def test_a_stage_whose_outputs_were_lost_is_not_done_until_it_is_finished_again(
 
 
 def test_a_second_process_is_refused_while_the_first_holds_the_run_folder(tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; from common.records import open_run; open_run(Path(sys.argv[1]))"
+    code = "import sys; from pathlib import Path; from common.run_folder import open_run; open_run(Path(sys.argv[1]))"
     command = [sys.executable, "-c", code, str(tmp_path / "run")]
     open_run(tmp_path / "run")
     refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    open_run.held.close()
+    run_folder._locks.pop().close()
     assert refused.returncode == 2 and not refused.stdout and refused.stderr.count("\n") == 1
     assert str(tmp_path / "run") in refused.stderr and "--run" in refused.stderr
     assert subprocess.run(command, cwd=ROOT).returncode == 0
-
-
-@pytest.mark.parametrize(
-    ("right", "n", "lo", "hi"),
-    [
-        (0, 0, 0.0, 1.0), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634), (1, 1, 0.2065, 1.0),
-        (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718), (15, 148, 0.0624, 0.1605), (81, 263, 0.2553, 0.3662),
-    ],
-)  # fmt: skip
-def test_rate_gives_the_wilson_interval(right: int, n: int, lo: float, hi: float) -> None:
-    assert rate(right, n) == {"value": round(right / n, 4) if n else None, "lo": lo, "hi": hi, "n": n}
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_agreement_equals_sklearn_and_leaves_failures_out(seed: int) -> None:
-    rng = random.Random(seed)
-    labels = [int(rng.random() < 0.3 + seed / 20) for _ in range(60)]
-    verdicts = [rng.choice([y, y, y, 1 - y, None]) for y in labels]
-    true, said = zip(*((y, v) for y, v in zip(labels, verdicts, strict=True) if v is not None), strict=True)
-    found = agreement(labels, verdicts)
-    scores = {"kappa": cohen_kappa_score, "f1": f1_score, "precision": precision_score, "recall": recall_score}
-    assert {k: found[k] for k in scores} == pytest.approx({k: f(true, said) for k, f in scores.items()}, abs=6e-5)
-    assert found["accuracy"] == rate(round(accuracy_score(true, said) * len(true)), len(true))
-    assert found["says_good"] == rate(sum(said), len(said))
-    assert (found["n"], found["failed"]) == (len(true), verdicts.count(None)) and found["failed"] > 0
-
-
-def test_kappa_has_the_large_sample_interval() -> None:
-    found = agreement([1] * 25 + [0] * 25, [1] * 20 + [0] * 5 + [1] * 10 + [0] * 15)
-    assert (found["kappa"], found["kappa_lo"], found["kappa_hi"]) == (0.4, 0.146, 0.654)
-
-
-@pytest.mark.parametrize("constant", [0, 1, None])
-@pytest.mark.parametrize("labels", [[0, 1, 1], [1, 1, 1], [0, 0, 0], []])
-def test_a_judge_that_always_says_the_same_has_kappa_zero(labels: list[int], constant: int | None) -> None:
-    found = agreement(labels, [constant] * len(labels))
-    assert (found["kappa"], found["kappa_lo"] <= 0 <= found["kappa_hi"]) == (0.0, True)
-    assert found["failed"] == (len(labels) if constant is None else 0)
 
 
 def labelled(queries: int) -> list[Labelled]:

@@ -1,4 +1,10 @@
-"""The rule-based critic in its ten roles, behind the same client as a remote model."""
+"""The rule-based critic in its ten roles, behind the same client as a remote model.
+
+It gets the same rendered prompt as a model, obeys the same schema and returns the same wire format. As judge under
+principles it uses, of all that it can measure, only what the principles in its prompt speak of.
+
+Each role takes the rules listed in its prompt and the data below them, and returns what its schema asks for.
+"""
 
 import json
 import random
@@ -6,53 +12,90 @@ import re
 from collections import Counter
 from functools import lru_cache
 
-from common.offline import flaws
-from common.offline.flaws import FLAWS, REFERENCES, flaws_of, flaws_spoken_of, grades, praise
-from common.run_folder import ROOT, digest, file_hash
+from common.lexicon import IMAGES, LEXICON_FILE, STOCK, WARM, clauses, occasions_in
+from common.offline import flaws, language
+from common.offline.flaws import FLAWS, flaws_of, flaws_spoken_of, signs_of
+from common.run_folder import digest, file_hash
 
-NOTHING_FOUND = "没有找到明显的毛病"
+NO_WEAKNESS = "没有找到明显的毛病"
+# What the critic notices without a debate.
+AT_FIRST_GLANCE = {"truncated", "foreign", "placeholder", "broken", "cliche", "repetition", "wrong_recipient"}
+# Without examples to compare with, what belongs to an occasion is anybody's guess.
+NEEDS_EXAMPLES = {"wrong_occasion", "register", "style_ignored"}
 
 
-def _describe(flaws: dict[str, int]) -> list[str]:
-    words = {2: "明显", 1: "疑似"}
-    return [f"{words[sure]}：{FLAWS[name].rule}" for name, sure in sorted(flaws.items())] or [NOTHING_FOUND]
+def grades(query: str, response: str) -> dict[str, int]:
+    """The five grades of the rubric (1-3), from the same measurements; no character is counted, only clauses."""
+    hints = flaws_of(query, response)
+    clear = {name for name, sure in hints.items() if sure == 2}
+    misdirected = bool(clear & {"wrong_occasion", "wrong_recipient"})
+    scores = dict.fromkeys(("language", "creativity", "emotion", "culture", "richness"), 1)
+    if clear & {"meta", "advertising", "request", "flattery", "placeholder", "broken"}:
+        return scores
+    if not clear & {"truncated", "repetition", "foreign"}:
+        scores["language"] = 2 if hints.keys() & {"broken", "repetition"} else 3
+    if not misdirected and "cliche" not in hints:
+        scores["creativity"] = min(3, 1 + len(set(response) & IMAGES) // 2)
+    if not misdirected and not clear & {"offensive", "register"}:
+        scores["emotion"] = 1 + bool(WARM.search(response)) + bool(re.search("[你您咱]", response))
+        scores["culture"] = 1 if clear & {"taboo", "style_ignored"} else 3
+    if "repetition" not in clear:
+        original = set()
+        for clause in clauses(response):
+            if len(clause) >= 3 and not any(phrase in clause for phrase in STOCK):
+                original.add(clause)
+        scores["richness"] = min(3, max(1, len(original)))
+    return scores
 
 
-def _plain_to_see(query: str, response: str) -> dict[str, int]:
-    """The flaws that the critic notices without a debate."""
-    first_glance = ("truncated", "foreign", "placeholder", "broken", "cliche", "repetition", "wrong_recipient")
-    return {name: sure for name, sure in flaws_of(query, response).items() if name in first_glance}
+def _describe(sureness: dict[str, int]) -> list[str]:
+    """Flaws in words, in the order of their names."""
+    degrees = {2: "明显", 1: "疑似"}
+    return [f"{degrees[sure]}：{FLAWS[name].rule}" for name, sure in sorted(sureness.items())]
+
+
+# ---- the five agents of step 01 (the first is retrieval) ------------------------------------------------------------
 
 
 def positive(rules: list[str], data: dict) -> dict:
-    return {"points": praise(data["query"], data["response"]) or ["没有找到明显的长处"]}
+    query, response = data["query"], data["response"]
+    strengths = []
+    images = sorted(set(response) & IMAGES)
+    if len(images) >= 2:
+        strengths.append("有具体的意象：" + "、".join(images[:4]))
+    if signs_of(occasions_in(query), response):
+        strengths.append("切合场合：" + "、".join(sorted(occasions_in(query))))
+    if "您" in response or "你" in response:
+        strengths.append("直接对人说话，有称呼")
+    warm = WARM.search(response)
+    if warm:
+        strengths.append("语气温暖：" + warm[0])
+    if language.character_model().strangeness(response) <= language.ODD:
+        strengths.append("读来顺口")
+    return {"points": strengths or ["没有找到明显的长处"]}
 
 
 def negative(rules: list[str], data: dict) -> dict:
-    flaws = flaws_of(data["query"], data["response"])
-    if not data["examples"]:  # without examples to compare with, what belongs to an occasion is anybody's guess
-        flaws = {
-            name: sure for name, sure in flaws.items() if name not in ("wrong_occasion", "register", "style_ignored")
-        }
-    return {"points": _describe(flaws)}
+    sureness = flaws_of(data["query"], data["response"])
+    if not data["examples"]:
+        sureness = {name: sure for name, sure in sureness.items() if name not in NEEDS_EXAMPLES}
+    return {"points": _describe(sureness) or [NO_WEAKNESS]}
 
 
 def judge(rules: list[str], data: dict) -> dict:
-    weaknesses = [p for p in data["negative"] if p != NOTHING_FOUND]
-    weaknesses = weaknesses or [
-        p for p in _describe(_plain_to_see(data["query"], data["response"])) if p != NOTHING_FOUND
-    ]
+    """Weighs strengths and weaknesses by number: that is what the Reflect agent is there to correct."""
+    weaknesses = [point for point in data["negative"] if point != NO_WEAKNESS]
+    if not weaknesses:
+        sureness = flaws_of(data["query"], data["response"])
+        weaknesses = _describe({name: sure for name, sure in sureness.items() if name in AT_FIRST_GLANCE})
     strengths = data["positive"]
-    good = len(strengths) >= 2 * len(weaknesses)  # weighs by number: what the Reflect agent is there to correct
-    return {
-        "reason": f"长处{len(strengths)}处，毛病{len(weaknesses)}处。" + "；".join(weaknesses),
-        "verdict": int(good),
-    }
+    reason = f"长处{len(strengths)}处，毛病{len(weaknesses)}处。" + "；".join(weaknesses)
+    return {"reason": reason, "verdict": int(len(strengths) >= 2 * len(weaknesses))}
 
 
 def reflect(rules: list[str], data: dict) -> dict:
-    named = data["negative"] + data["judge"]["reason"].split("；")
-    clear = [p for p in named if "明显：" in p]
+    weaknesses = data["negative"] + data["judge"]["reason"].split("；")
+    clear = [point for point in weaknesses if "明显：" in point]
     if data["judge"]["verdict"] == 1 and clear:
         return {"reason": "裁决漏掉了" + clear[0], "verdict": 0}
     if data["judge"]["verdict"] == 0 and not clear:
@@ -60,24 +103,34 @@ def reflect(rules: list[str], data: dict) -> dict:
     return {"reason": "理由与裁决一致，维持原裁决", "verdict": data["judge"]["verdict"]}
 
 
+# ---- the judge under principles, the rubric, pairs ------------------------------------------------------------------
+
+
+def _clear_flaws(names: list[str], data: dict) -> list[str]:
+    """Those of the named flaws that the greeting clearly has."""
+    return [name for name in names if FLAWS[name].detect(data["query"], data["response"]) == 2]
+
+
 def detector(rules: list[str], data: dict) -> dict:
-    query, response = data["query"], data["response"]
-    broken_rules = [name for name in flaws_spoken_of(rules) if FLAWS[name].detect(query, response) == 2]
-    if broken_rules:
-        return {"reason": "违反准则：" + "；".join(FLAWS[name].rule for name in broken_rules), "verdict": 0}
+    clear = _clear_flaws(flaws_spoken_of(rules), data)
+    if clear:
+        return {"reason": "违反准则：" + "；".join(FLAWS[name].rule for name in clear), "verdict": 0}
     return {"reason": "逐条核对，没有违反准则之处", "verdict": 1}
 
 
 def rubric(rules: list[str], data: dict) -> dict:
-    found = _describe(flaws_of(data["query"], data["response"]))
-    return {"reason": "；".join(found)} | grades(data["query"], data["response"])
+    weaknesses = _describe(flaws_of(data["query"], data["response"]))
+    return {"reason": "；".join(weaknesses or [NO_WEAKNESS]), **grades(data["query"], data["response"])}
 
 
 def pairwise(rules: list[str], data: dict) -> dict:
     """The higher sum of the five grades; where they are equal the first, as judges do: both orders must be asked."""
-    sums = [sum(grades(data["query"], data[side]).values()) for side in "AB"]
-    better = "A" if sums[0] >= sums[1] else "B"
-    return {"reason": f"五项合计，甲{sums[0]}分，乙{sums[1]}分", "better": better}
+    first = sum(grades(data["query"], data["A"]).values())
+    second = sum(grades(data["query"], data["B"]).values())
+    return {"reason": f"五项合计，甲{first}分，乙{second}分", "better": "A" if first >= second else "B"}
+
+
+# ---- the adversarial loop of step 03 --------------------------------------------------------------------------------
 
 
 def flaws_of_strategy(text: str) -> list[str]:
@@ -86,57 +139,91 @@ def flaws_of_strategy(text: str) -> list[str]:
 
 
 def generator(rules: list[str], data: dict) -> dict:
-    """Writes the flaw that the strategy speaks of into an example; one it does not understand gives a cut one."""
+    """Writes the flaw that the strategy speaks of into an example; one that it does not understand gives a cut one."""
     rng = random.Random(digest(rules, data))
-    example = rng.choice(data["examples"])["response"] if data["examples"] else "愿你今天一切都好，灯下有书，碗里有汤。"
-    chosen = next((n for n in flaws_of_strategy(data["strategy"]) if FLAWS[n].write), "truncated")
-    return {"response": FLAWS[chosen].write(example, rng), "flaw": FLAWS[chosen].rule}
+    example = "愿你今天一切都好，灯下有书，碗里有汤。"
+    if data["examples"]:
+        example = rng.choice(data["examples"])["response"]
+    writable = [name for name in flaws_of_strategy(data["strategy"]) if FLAWS[name].write]
+    flaw = FLAWS[writable[0] if writable else "truncated"]
+    return {"response": flaw.write(example, rng), "flaw": flaw.rule}
 
 
 def reflector(rules: list[str], data: dict) -> dict:
-    query, response, on = data["query"], data["response"], flaws_spoken_of(rules)
+    """The lesson of a mistaken verdict: which rule is missing, or which is too strict."""
+    known = flaws_spoken_of(rules)
     if data["expected"] == 0:
-        missed = {name: sure for name, sure in flaws_of(query, response).items() if name not in on}
-        if not missed:
+        sureness = flaws_of(data["query"], data["response"])
+        missing = [name for name in sureness if name not in known]
+        if not missing:
             return {"lesson": "没有找到能推广的原因，准则不变"}
-        worst = max(missed, key=lambda name: (missed[name], name))
+        worst = max(missing, key=lambda name: (sureness[name], name))
         return {"lesson": "补上：" + FLAWS[worst].rule}
-    too_strict = [name for name in on if FLAWS[name].detect(query, response) == 2]
-    if "short" in too_strict:  # what such a rule is after is another thing
+    too_strict = _clear_flaws(known, data)
+    if "short" in too_strict:  # whoever writes such a rule means something else
         return {"lesson": f"过严，删去：{FLAWS['short'].rule}。补上：{FLAWS['empty'].rule}"}
     return {"lesson": "过严，删去：" + FLAWS[too_strict[0]].rule if too_strict else "准则不变"}
 
 
+def _understand(kind: str, text: str) -> list[str]:
+    """The flaws that a rule, a strategy or a piece of feedback speaks of."""
+    return flaws_of_strategy(text) if kind == "策略" else flaws_spoken_of([text])
+
+
+def _count_votes(kind: str, feedback: list[str]) -> Counter[str]:
+    """Flaw -> how often the feedback speaks for it, less how often against it."""
+    votes: Counter[str] = Counter()
+    for item in feedback:
+        # "过严，删去：A。补上：B" speaks against A and for B; what does not begin so speaks for all that it names.
+        against, towards = "", item
+        if re.match("过严|被识破", item):
+            against, _, towards = item.partition("补上：")
+        repeated = re.search(r"（(\d+) 次）$", item)
+        times = int(repeated[1]) if repeated else 1
+        for name in _understand(kind, towards):
+            votes[name] += times
+        for name in _understand(kind, against):
+            votes[name] -= times
+    return votes
+
+
 def optimiser(rules: list[str], data: dict) -> dict:
-    """Principles: adds what the feedback finds missing, drops what it calls too strict twice or more. Strategies: drops
-    what was caught more often than it fooled, and tries flaws that were not tried."""
-    strategies = data["kind"] == "策略"
-    understood = flaws_of_strategy if strategies else lambda rule: flaws_spoken_of([rule])
-    on, votes = {n for rule in data["rules"] for n in understood(rule)}, Counter()
-    for item in data["feedback"]:
-        against, _, towards = item.partition("补上：") if re.match("过严|被识破", item) else ("", "", item)
-        times = int((re.search(r"（(\d+) 次）$", item) or [0, 1])[1])
-        votes.update({name: times for name in understood(towards)})
-        votes.subtract({name: times for name in understood(against)})
-    untried = [n for n, flaw in FLAWS.items() if flaw.write and n not in on][:3] if strategies else []
-    on = (on | {n for n, v in votes.items() if v > 0} | set(untried)) - {
-        n for n, v in votes.items() if v < (0 if strategies else -1)
-    }
-    kept = [rule for rule in data["rules"] if not understood(rule)]  # what it does not understand it leaves alone
+    """Rewrites a list of rules after feedback, one line for each family of flaws.
+
+    Principles: adds what the feedback finds missing, drops what it calls too strict twice or more. Strategies: drops
+    what was caught more often than it fooled, and tries flaws that were not tried.
+    """
+    kind = data["kind"]
+    names: set[str] = set()
+    foreign_rules = []  # what the critic does not understand it leaves alone
+    for rule in data["rules"]:
+        names.update(_understand(kind, rule))
+        if not _understand(kind, rule):
+            foreign_rules.append(rule)
+    if kind == "策略":
+        untried = [name for name, flaw in FLAWS.items() if flaw.write and name not in names]
+        names.update(untried[:3])
+    for name, count in _count_votes(kind, data["feedback"]).items():
+        if count > 0:
+            names.add(name)
+        elif count < (0 if kind == "策略" else -1):
+            names.discard(name)
+
     families: dict[int, list[str]] = {}
-    for name in (n for n in FLAWS if n in on):
-        families.setdefault(FLAWS[name].family, []).append(FLAWS[name].strategy if strategies else FLAWS[name].rule)
-    new = ["；".join(texts) + "。" for _, texts in sorted(families.items())]
-    return {"rules": (new + kept)[:10] or data["rules"]}
+    for name, flaw in FLAWS.items():
+        if name in names:
+            families.setdefault(flaw.family, []).append(flaw.strategy if kind == "策略" else flaw.rule)
+    lines = ["；".join(families[family]) + "。" for family in sorted(families)]
+    return {"rules": (lines + foreign_rules)[:10] or data["rules"]}
 
 
 SPEAKERS = (positive, negative, judge, reflect, detector, rubric, pairwise, generator, reflector, optimiser)
-ROLES = {f.__name__: f for f in SPEAKERS}
+ROLES = {speaker.__name__: speaker for speaker in SPEAKERS}
 
 
 def answer(role: str, messages: list[dict]) -> dict:
     """The critic's answer to a rendered prompt: it reads the numbered rules in it and the JSON inside <data>."""
-    system = "".join(m["content"] for m in messages if m["role"] == "system")
+    system = "".join(message["content"] for message in messages if message["role"] == "system")
     listed = re.search(r"(?:准则|策略)：\n(.*?)\n\n", system + "\n\n", flags=re.S)
     rules = re.findall(r"^\d+\. (.*)$", listed[1], flags=re.M) if listed else []
     data = json.loads(re.search(r"<data>(.*?)</data>", messages[-1]["content"], flags=re.S)[1])
@@ -146,25 +233,22 @@ def answer(role: str, messages: list[dict]) -> dict:
 @lru_cache
 def critic_name() -> str:
     """Name and version: answers of an edited critic, or of other references, are not taken from the cache."""
-    known = [file_hash(path) for path in (__file__, flaws.__file__, REFERENCES, ROOT / "data" / "lexicon.json")]
-    return f"rule-based-critic-{digest(*known)[:8]}"
+    files = (__file__, flaws.__file__, language.__file__, language.REFERENCES, LEXICON_FILE)
+    return f"rule-based-critic-{digest(*map(file_hash, files))[:8]}"
 
 
 def transport():
     """An httpx transport that answers chat completions with the critic: for openai.AsyncOpenAI, it is an endpoint."""
     import httpx2
 
-    def usage(body: dict, text: str) -> dict:
-        prompt = sum(len(m["content"]) for m in body["messages"])
-        return {"prompt_tokens": prompt, "completion_tokens": len(text), "total_tokens": prompt + len(text)}
+    def respond(request: httpx2.Request) -> httpx2.Response:
+        body = json.loads(request.content)
+        role = body["response_format"]["json_schema"]["name"]
+        text = json.dumps(answer(role, body["messages"]), ensure_ascii=False)
+        prompt = sum(len(message["content"]) for message in body["messages"])  # characters stand for tokens
+        usage = {"prompt_tokens": prompt, "completion_tokens": len(text), "total_tokens": prompt + len(text)}
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+        completion = {"id": "offline", "object": "chat.completion", "created": 0, "model": body["model"]}
+        return httpx2.Response(200, json=completion | {"choices": [choice], "usage": usage})
 
-    class CriticTransport(httpx2.AsyncBaseTransport):
-        async def handle_async_request(self, request):
-            body = json.loads(await request.aread())
-            role = body["response_format"]["json_schema"]["name"]
-            text = json.dumps(answer(role, body["messages"]), ensure_ascii=False)
-            choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
-            completion = {"id": "offline", "object": "chat.completion", "created": 0, "model": body["model"]}
-            return httpx2.Response(200, json=completion | {"choices": [choice], "usage": usage(body, text)})
-
-    return CriticTransport()
+    return httpx2.MockTransport(respond)

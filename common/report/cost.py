@@ -1,89 +1,116 @@
-"""A against B at equal cost."""
+"""A against B at equal cost: what each step cost, and how excellent the greetings are for it."""
 
 import random
 from pathlib import Path
 
+from common import records, run_folder, stats
 from common.greetings import OWN
-from common.records import read_lines
-from common.run_folder import digest, read_summary
-from common.stats import mean_of
 
 UNITS = ["completions", "calls", "tokens", "seconds", "money"]  # in which cost is counted
+# The summaries of the steps that each reward needs, in order. Both begin with step 1, whose accepted greetings are the
+# rows of SFT.
 ROUTES = {
     "A": ["01_summary", "04_summary_none", "02_summary", "04_summary_rm"],
     "B": ["01_summary", "04_summary_none", "03_summary", "04_summary_judge"],
 }
+REWARD = {"A": "rm", "B": "judge"}  # as step 4 calls it, in whose files and policies' names it stands
 POINTS, DRAWN = 6, 60  # of the training curve, and rollouts graded for each
 
 
 def rollouts(run: Path, seed: int) -> list[dict]:
     """Rollouts of both GRPO runs from POINTS equal parts of the training, `at` being the middle of the part."""
-    drawn = []
-    for route, reward in (("A", "rm"), ("B", "judge")):
-        rows = read_lines(run / f"rollouts_{reward}.jsonl")
+    sample = []
+    for route, reward in REWARD.items():
+        rows = records.read_lines(run / f"rollouts_{reward}.jsonl")
         for n in range(POINTS):
-            part = [r for r in rows[n * len(rows) // POINTS : (n + 1) * len(rows) // POINTS] if r["response"].strip()]
-            for r in random.Random(digest(seed, route, n)).sample(part, min(DRAWN, len(part))):
-                found = {"route": route, "at": (n + 0.5) / POINTS, "query_id": digest(r["query"])}
-                drawn.append(found | {"query": r["query"], "response": r["response"]})
-    return drawn
+            part = rows[n * len(rows) // POINTS : (n + 1) * len(rows) // POINTS]
+            part = [row for row in part if row["response"].strip()]
+            rng = random.Random(run_folder.digest(seed, route, n))
+            for row in rng.sample(part, min(DRAWN, len(part))):
+                place = {"route": route, "at": (n + 0.5) / POINTS, "query_id": run_folder.digest(row["query"])}
+                sample.append(place | {"query": row["query"], "response": row["response"]})
+    return sample
 
 
 def step_cost(run: Path, step: str) -> dict[str, float]:
     """What a step has cost: completions sampled from a policy, calls and tokens of the agents, seconds, money."""
-    summary = read_summary(run, step)
+    summary = run_folder.read_summary(run, step)
     ledger, seconds = summary.get("ledger") or {}, summary.get("seconds", 0.0)
-    tokens = [ledger.get("input_tokens", 0), ledger.get("output_tokens", 0)]
-    prices = [summary.get("settings", {}).get(f"price_{side}") or 0.0 for side in ("in", "out")]
     return {
-        "completions": summary.get("completions", summary.get("candidates", 0)), "calls": ledger.get("calls", 0),
-        "tokens": sum(tokens), "seconds": seconds["total"] if isinstance(seconds, dict) else seconds,
-        "money": round(sum(n * price for n, price in zip(tokens, prices, strict=True)) / 1e6, 6),
-    }  # fmt: skip
+        "completions": summary.get("completions", summary.get("candidates", 0)),
+        "calls": ledger.get("calls", 0),
+        "tokens": ledger.get("input_tokens", 0) + ledger.get("output_tokens", 0),
+        "seconds": seconds["total"] if isinstance(seconds, dict) else seconds,
+        "money": ledger.get("money", 0.0),
+    }
 
 
-def cost_figures(run: Path, rows: list[dict], graded: list[dict]) -> dict:
+def total(costs: dict[str, dict[str, float]], steps: list[str]) -> dict[str, float]:
+    return {unit: sum(costs[step][unit] for step in steps) for unit in UNITS}
+
+
+def cost_figures(run: Path, rows: list[dict], graded_rollouts: list[dict]) -> dict:
     """A against B: what each step cost, excellence over the cost so far, and excellence at the cost of the cheaper one.
 
-    Both routes begin with step 1 and SFT. Points during GRPO are rollouts for the training queries, graded by the same
-    rubric; the others are greetings for the held-out queries.
+    `rows` are scored greetings for the held-out queries. A route is left out unless all of its steps have run.
     """
-    steps = {step: step_cost(run, step) for route in ROUTES.values() for step in route if read_summary(run, step)}
-    held_out = {name: mean_of([r for r in rows if r["policy"] == name], "excellent") for name in ("base", *OWN)}
-    curve, totals = {}, {}
-    for route, names in ROUTES.items():
-        final = {"A": "grpo_rm", "B": "grpo_judge"}[route]
-        if not all(name in steps for name in names) or not held_out[final]["n"]:
-            continue
-
-        def sum_of(names: list[str], and_part: float = 0.0, of: str = names[-1]) -> dict:
-            return {u: sum(steps[name][u] for name in names) + and_part * steps[of][u] for u in UNITS}
-
-        points = [{"at": "base", "cost": dict.fromkeys(UNITS, 0.0), "excellence": held_out["base"]}]
-        points.append({"at": "sft", "cost": sum_of(names[:2]), "excellence": held_out["sft"]})
-        for at in sorted({r["at"] for r in graded if r["route"] == route}):
-            excellence = mean_of([r for r in graded if r["route"] == route and r["at"] == at], "excellent")
-            points.append({"at": f"{at:.0%} of GRPO", "cost": sum_of(names[:3], at), "excellence": excellence})
-        points.append({"at": final, "cost": sum_of(names), "excellence": held_out[final]})
-        curve[route] = [point for point in points if point["excellence"]["n"]]
-        # With the SFT rows given: step 1 is what the reward model's pairs cost, and nothing that the judge needs.
-        own = names[-2:] if route == "B" else [names[0], *names[-2:]]
-        totals[route] = {"in all": sum_of(names), "with SFT rows given": sum_of(own)}
-    equal = []
-    for unit in UNITS if len(curve) == 2 else []:
-        least = min(points[-1]["cost"][unit] for points in curve.values())
-        if least:
-            reached = {route: [p for p in points if p["cost"][unit] <= least][-1] for route, points in curve.items()}
-            equal.append(
-                {"unit": unit, "cost": least} | {r: {k: p[k] for k in ("at", "excellence")} for r, p in reached.items()}
-            )
-    labels = sum(read_summary(run, "03_summary").get("parts", {}).get(part, 0) for part in ("reflect", "validation"))
-    pairs = read_summary(run, "01_summary").get("pairs", 0)
+    costs = {}
+    for step in [*ROUTES["A"], *ROUTES["B"]]:
+        if run_folder.read_summary(run, step):
+            costs[step] = step_cost(run, step)
+    excellence = {}
+    for name in ("base", *OWN):
+        excellence[name] = stats.mean_of(stats.where(rows, "policy", name), "excellent")
+    totals, curves = {}, {}
+    for route, steps in ROUTES.items():
+        if costs.keys() >= set(steps) and excellence[f"grpo_{REWARD[route]}"]["n"]:
+            # With SFT rows at hand, step 1 is what the reward model's pairs cost, and nothing that the judge needs.
+            own_steps = steps[2:] if route == "B" else [steps[0], *steps[2:]]
+            totals[route] = {"in all": total(costs, steps), "with SFT rows given": total(costs, own_steps)}
+            curves[route] = cost_curve(route, costs, excellence, graded_rollouts)
+    parts = run_folder.read_summary(run, "03_summary").get("parts", {})
     return {
-        "steps": steps,
+        "steps": costs,
         "totals": totals,
-        "curve": curve,
-        "equal": equal,
-        "labels": {"A": 0, "B": labels},
-        "pairs": pairs,
+        "curve": curves,
+        "equal": at_equal_cost(curves),
+        "labels": {"A": 0, "B": parts.get("reflect", 0) + parts.get("validation", 0)},
+        "pairs": run_folder.read_summary(run, "01_summary").get("pairs", 0),
     }
+
+
+def cost_curve(route: str, costs: dict, excellence: dict, graded_rollouts: list[dict]) -> list[dict]:
+    """Excellence over the cost so far: of the base, after SFT, during GRPO, and of its policy.
+
+    Points during GRPO are rollouts for the training queries, graded by the same rubric; `at` is the share of the GRPO
+    run after which they were written.
+    """
+    steps, policy = ROUTES[route], f"grpo_{REWARD[route]}"
+    points = [
+        {"at": "base", "cost": dict.fromkeys(UNITS, 0.0), "excellence": excellence["base"]},
+        {"at": "sft", "cost": total(costs, steps[:2]), "excellence": excellence["sft"]},
+    ]
+    before_grpo, grpo = total(costs, steps[:3]), costs[steps[3]]
+    own_rollouts = stats.where(graded_rollouts, "route", route)
+    for share in sorted(set(stats.column(own_rollouts, "at"))):
+        cost = {unit: before_grpo[unit] + share * grpo[unit] for unit in UNITS}
+        figure = stats.mean_of(stats.where(own_rollouts, "at", share), "excellent")
+        points.append({"at": f"{share:.0%} of GRPO", "cost": cost, "excellence": figure})
+    points.append({"at": policy, "cost": total(costs, steps), "excellence": excellence[policy]})
+    return [point for point in points if point["excellence"]["n"]]
+
+
+def at_equal_cost(curves: dict[str, list[dict]]) -> list[dict]:
+    """For each unit the last point of each route that costs no more than the cheaper route does in all."""
+    if len(curves) < 2:
+        return []
+    rows = []
+    for unit in UNITS:
+        cheaper = min(points[-1]["cost"][unit] for points in curves.values())
+        if cheaper:  # 0: nothing of the kind was spent
+            row = {"unit": unit, "cost": cheaper}
+            for route, points in curves.items():
+                reached = [point for point in points if point["cost"][unit] <= cheaper][-1]
+                row[route] = {"at": reached["at"], "excellence": reached["excellence"]}
+            rows.append(row)
+    return rows

@@ -1,120 +1,170 @@
-"""Labelled rows, leaks, and how well every evaluator agrees with the labels."""
+"""Evaluators evaluated: labelled rows, which of them leaked, and how well each evaluator agrees with the labels."""
 
 import argparse
 import json
 import sys
-from collections import Counter
 from pathlib import Path
 
-from common.records import Demonstration, Labelled, Preference, Record, Reference, read, split_labelled
-from common.run_folder import fail, file_hash, read_summary
-from common.stats import agreement, null_verdicts, rate
-
-
-def training_texts(args: argparse.Namespace) -> dict[str, set[str]]:
-    """Texts that the run has learnt from, by where they stand: what an evaluator says of these proves little."""
-
-    def source(step: str, flag: str, kind: type[Record]) -> list:
-        path = read_summary(args.run, step).get("settings", {}).get(flag)
-        if path and not Path(path).is_file():
-            print(f"05: {path} is gone: which labelled rows stand in it is not known", file=sys.stderr)
-            return []
-        return read(path, kind, unique=False) if path else []
-
-    pairs, third = source("02_summary", "preferences", Preference), source("03_summary", "labelled", Labelled)
-    settings = read_summary(args.run, "03_summary").get("settings", {})
-    same = third and file_hash(settings["labelled"]) == file_hash(args.labelled)
-    parts = split_labelled(third, settings["seed"]) if third and not same else {}
-    found = {
-        "preferences": {text for pair in pairs for text in pair.texts[1:]},
-        "sft": {d.completion[0]["content"] for d in source("04_summary_none", "sft", Demonstration)},
-        "references": {r.response for r in source("01_summary", "references", Reference)},
-        "labelled rows of step 3": {r.response for name, part in parts.items() if name != "test" for r in part},
-    }
-    return {name: texts for name, texts in found.items() if texts}
-
-
-def labelled_rows(args: argparse.Namespace) -> list[dict]:
-    """The labelled greetings, with `part` (step 3 has not looked at `test`) and `leaked`: where the text was learnt."""
-    rows, third = read(args.labelled, Labelled), args.run / "stages" / "03_principles.json"
-    if third.is_file():
-        used = json.loads(third.read_text(encoding="utf-8"))["settings"]
-        if used["labelled"] == file_hash(args.labelled) and used["seed"] != args.seed:
-            fail(f"step 3 of {args.run} split --labelled with --seed {used['seed']}: use the same, or no row is unseen")
-    learnt = training_texts(args)
-    return [
-        r.model_dump() | {"part": part, "leaked": [name for name, texts in learnt.items() if r.response in texts]}
-        for part, records in split_labelled(rows, args.seed).items() for r in records
-    ]  # fmt: skip
-
-
-def labelled_pairs(rows: list[dict]) -> list[tuple[dict, dict]]:
-    """(good, bad) labelled greetings for one query."""
-    return [(g, b) for g in rows if g["label"] == 1 for b in rows if b["label"] == 0 and b["query"] == g["query"]]
-
+from common import records, run_folder, stats
 
 NEAR = 1  # characters by which a good and a bad greeting may differ where lengths are balanced
 
 
+# ---- labelled rows and leaks ----------------------------------------------------------------------------------------
+
+
+def labelled_rows(args: argparse.Namespace) -> list[dict]:
+    """The labelled greetings, with `part` (step 3 has not looked at `test`) and `leaked`: where the text was learnt."""
+    labelled = records.read(args.labelled, records.Labelled)
+    stage = args.run / "stages" / "03_principles.json"
+    if stage.is_file():
+        made_with = json.loads(stage.read_text(encoding="utf-8"))["settings"]
+        seed = made_with["seed"]
+        if made_with["labelled"] == run_folder.file_hash(args.labelled) and seed != args.seed:
+            run_folder.fail(f"step 3 of {args.run} split --labelled with --seed {seed}: use it, or no row is unseen")
+    learnt = training_texts(args)
+    rows = []
+    for part, greetings in records.split_labelled(labelled, args.seed).items():
+        for greeting in greetings:
+            leaked = [name for name, texts in learnt.items() if greeting.response in texts]
+            rows.append(greeting.model_dump() | {"part": part, "leaked": leaked})
+    return rows
+
+
+def training_texts(args: argparse.Namespace) -> dict[str, set[str]]:
+    """The texts that this run has learnt from, by source: an evaluator's verdict on one of them proves little."""
+    texts: dict[str, set[str]] = {"preferences": set()}
+    for pair in _inputs_of(args.run, "02_summary", "preferences", records.Preference):
+        texts["preferences"].update(pair.texts[1:])
+    demonstrations = _inputs_of(args.run, "04_summary_none", "sft", records.Demonstration)
+    texts["sft"] = {row.completion[0]["content"] for row in demonstrations}
+    references = _inputs_of(args.run, "01_summary", "references", records.Reference)
+    texts["references"] = {reference.response for reference in references}
+    # What step 3 looked at counts if it split another file: --labelled itself is split here as it was there.
+    labelled = _inputs_of(args.run, "03_summary", "labelled", records.Labelled)
+    made_with = run_folder.read_summary(args.run, "03_summary").get("settings", {})
+    if labelled and run_folder.file_hash(made_with["labelled"]) != run_folder.file_hash(args.labelled):
+        parts = records.split_labelled(labelled, made_with["seed"])
+        texts["labelled rows of step 3"] = {row.response for row in parts["reflect"] + parts["validation"]}
+    return texts
+
+
+def _inputs_of(run: Path, summary: str, flag: str, kind: type[records.R]) -> list[records.R]:
+    """The records of the file that a step was given with this flag; none where it has not run, or the file is gone."""
+    path = run_folder.read_summary(run, summary).get("settings", {}).get(flag)
+    if path and not Path(path).is_file():
+        print(f"05: {path} no longer exists, so labelled rows copied from it cannot be flagged", file=sys.stderr)
+        return []
+    return records.read(path, kind, unique=False) if path else []
+
+
+def labelled_pairs(rows: list[dict]) -> list[tuple[dict, dict]]:
+    """(good, bad) labelled greetings for one query."""
+    pairs = []
+    for good in stats.where(rows, "label", 1):
+        for bad in stats.where(rows, "label", 0):
+            if bad["query"] == good["query"]:
+                pairs.append((good, bad))
+    return pairs
+
+
+def comparison(one: dict, other: dict) -> dict:
+    """A row of comparisons.jsonl, before its outcome is known; two policies are `a` and `b`, labelled rows are not."""
+    row = {"query_id": one.get("query_id"), "one": one["id"], "other": other["id"]}
+    row |= {"longer_by": len(one["response"]) - len(other["response"]), "outcome": None, "same": None}
+    if "policy" in one:
+        row |= {"a": one["policy"], "b": other["policy"], "query": one["query"]}
+    return row
+
+
+# ---- agreement ------------------------------------------------------------------------------------------------------
+
+
 def verdicts_on(test: list[dict], seen: list[dict]) -> dict[str, list[int | None]]:
-    """What every evaluator, and both null baselines, say of test rows.
+    """What every evaluator, and both null baselines, say of the test rows; `seen` are labelled rows to fit on.
 
     An evaluator that gives a score says "good" from the threshold that is best on the rows seen.
     """
-    names = {"excellent": "rubric", "judge": "judge", "seed_judge": "seed_judge", "agents": "agents"}
-    found = {
-        name: [r.get(key) for r in test] for key, name in names.items() if any(r.get(key) is not None for r in test)
-    }
+    verdicts = {}
+    for column in ("excellent", "judge", "seed_judge", "agents"):  # 1 or 0
+        column_verdicts = stats.column(test, column)
+        if set(column_verdicts) != {None}:
+            verdicts["rubric" if column == "excellent" else column] = column_verdicts
+    labels = stats.column(seen, "label")
     if "reward_model" in test[0] and "reward_model" in seen[0]:
-        ranked = sorted(r["reward_model"] for r in seen)
-        threshold = max(ranked, key=lambda t: sum((r["reward_model"] >= t) == r["label"] for r in seen))
-        found["reward_model"] = [int(r["reward_model"] >= threshold) for r in test]
-    nulls = null_verdicts(*([r[key] for r in seen] for key in ("response", "label")), [r["response"] for r in test])
-    return found | {f"null: {name}": verdicts for name, verdicts in nulls.items()}
+        scores = stats.column(seen, "reward_model")
+        threshold = stats.best_threshold(scores, labels, sorted(scores))
+        verdicts["reward_model"] = [int(row["reward_model"] >= threshold) for row in test]
+    texts, unseen = stats.column(seen, "response"), stats.column(test, "response")
+    for name, null_verdicts in stats.null_verdicts(texts, labels, unseen).items():
+        verdicts[f"null: {name}"] = null_verdicts
+    return verdicts
 
 
-def balanced(test: list[dict]) -> list[int]:
-    """Places of as many good as bad rows, each good one beside a bad one at most NEAR characters longer or shorter.
+def balanced(rows: list[dict]) -> list[dict]:
+    """As many good as bad rows, each good one followed by a bad one at most NEAR characters longer or shorter.
 
     Matching in order of length finds the most pairs there are.
     """
-    places = sorted(range(len(test)), key=lambda i: len(test[i]["response"]))
-    good, bad = ([i for i in places if test[i]["label"] == label] for label in (1, 0))
-    kept = []
+    by_length = sorted(rows, key=lambda row: len(row["response"]))
+    good, bad = stats.where(by_length, "label", 1), stats.where(by_length, "label", 0)
+    matched = []
     while good and bad:
-        gap = len(test[good[0]]["response"]) - len(test[bad[0]]["response"])
+        gap = len(good[0]["response"]) - len(bad[0]["response"])
         if abs(gap) <= NEAR:
-            kept += [good.pop(0), bad.pop(0)]
+            matched += [good.pop(0), bad.pop(0)]
+        elif gap > 0:  # too short for this good row, and so for every later one
+            bad.pop(0)
         else:
-            (bad if gap > 0 else good).pop(0)
-    return kept
+            good.pop(0)
+    return matched
 
 
-def evaluate_evaluators(given: list[dict], comparisons: list[dict]) -> dict:
-    """Agreement of every evaluator with the labels of the part that step 3 has not looked at: on rows that nothing has
-    learnt from, on as many good as bad ones of equal length among these, and apart on rows that leaked."""
-    seen, test = [r for r in given if r["part"] != "test"], [r for r in given if r["part"] == "test"]
-    verdicts, clean = verdicts_on(test, seen), [i for i, r in enumerate(test) if not r["leaked"]]
-    even = [clean[i] for i in balanced([test[i] for i in clean])]
-    leaked = [i for i, r in enumerate(test) if r["leaked"]]
+def agreement_table(rows: list[dict]) -> dict[str, dict]:
+    """Evaluator -> its agreement with the labels of these rows, which carry `verdicts`; `good` are labelled so."""
+    if not rows:
+        return {}
+    labels, queries = stats.column(rows, "label"), stats.column(rows, "query")
+    table = {}
+    for name in rows[0]["verdicts"]:
+        table[name] = stats.agreement(labels, [row["verdicts"][name] for row in rows], queries)
+        table[name]["good"] = sum(labels)
+    return table
 
-    def table(places: list[int]) -> dict[str, dict]:
-        labels = [test[i]["label"] for i in places]
-        found = (
-            {name: agreement(labels, [said[i] for i in places]) for name, said in verdicts.items()} if places else {}
-        )
-        return {name: figures | {"good": sum(labels)} for name, figures in found.items()}
 
-    fresh = {test[i]["id"] for i in clean}
-    pairs = [c for c in comparisons if "query" not in c and c["one"] in fresh and c["other"] in fresh]
-    heard = [c["outcome"] for c in pairs if c["outcome"] is not None]
-    unequal = [c["longer_by"] > 0 for c in pairs if c["longer_by"]]
+def evaluate_evaluators(labelled: list[dict], comparisons: list[dict]) -> dict:
+    """Agreement of every evaluator with the labels that step 3 has not looked at.
+
+    The figures that count are on clean rows, whose texts nothing has learnt from; then on as many good as bad ones of
+    equal length among these; and apart on rows that leaked. Comparisons of labelled pairs have no "query".
+    """
+    test = stats.where(labelled, "part", "test")
+    verdicts = verdicts_on(test, [row for row in labelled if row["part"] != "test"])
+    clean, leaked, leaks = [], [], {}
+    for number, row in enumerate(test):
+        row = row | {"verdicts": {name: of_rows[number] for name, of_rows in verdicts.items()}}
+        (leaked if row["leaked"] else clean).append(row)
+        for source in row["leaked"]:
+            leaks[source] = leaks.get(source, 0) + 1
+
+    clean_ids = set(stats.column(clean, "id"))
+    outcomes, longer_is_good = [], []
+    for pair in comparisons:
+        if "query" in pair or pair["one"] not in clean_ids or pair["other"] not in clean_ids:
+            continue
+        if pair["outcome"] is not None:
+            outcomes.append(pair["outcome"])
+        if pair["longer_by"]:  # `one` is the good row
+            longer_is_good.append(pair["longer_by"] > 0)
     return {
-        "evaluators": table(clean), "evaluators_at_equal_length": table(even),
-        "evaluators_on_leaked_rows": table(leaked), "evaluators_on_all_rows": table(clean + leaked) if leaked else {},
-        "leaked": dict(Counter(name for r in test for name in r["leaked"])) | {"rows": len(leaked)},
+        "evaluators": agreement_table(clean),
+        "evaluators_at_equal_length": agreement_table(balanced(clean)),
+        "evaluators_on_leaked_rows": agreement_table(leaked),
+        "evaluators_on_all_rows": agreement_table(clean + leaked) if leaked else {},
+        "leaked": leaks | {"rows": len(leaked)},
         "labelled_test_rows": len(test),
         "labelled_pairs": {
-            "pairwise": rate(sum(heard), len(heard)), "null: the longer": rate(sum(unequal), len(unequal))
+            "pairwise": stats.rate(sum(outcomes), len(outcomes)),
+            "null: the longer": stats.rate(sum(longer_is_good), len(longer_is_good)),
         },
-    }  # fmt: skip
+    }

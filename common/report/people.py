@@ -1,20 +1,21 @@
-"""People's ratings: the page they rate on, reading, agreement."""
+"""People's ratings: the page on which they rate, reading what they saved, and what evaluators are worth beside them."""
 
 import argparse
+import itertools
 import random
 from typing import Literal
 
 from pydantic import Field
 
+from common import records, run_folder, stats
 from common.answers import WEIGHTS, weighted_mean
 from common.judge import EXCELLENT
-from common.records import Record, read
-from common.report.evaluators import verdicts_on
-from common.run_folder import digest, fail
-from common.stats import agreement, rate, wins_of
+from common.report.evaluators import comparison, verdicts_on
+
+OUTCOMES = {"one": 1.0, "tie": 0.5, "other": 0.0}  # the share of a win that `one` has
 
 
-class Rating(Record):
+class Rating(records.Record):
     """A line that annotate.html saves: the grades of one greeting, or which of two is better; None is half-finished."""
 
     id: str = Field(min_length=1)
@@ -27,103 +28,145 @@ class Rating(Record):
 
     @property
     def finished(self) -> bool:
-        return self.better is not None if self.one else all((self.grades or {}).get(name) for name in WEIGHTS)
+        if self.one:
+            return self.better is not None
+        return all((self.grades or {}).get(name) for name in WEIGHTS)
+
+
+# ---- the page -------------------------------------------------------------------------------------------------------
 
 
 def fingerprint(rows: list[dict]) -> str:
     """Tells the greetings of one run from another's."""
-    return digest(*sorted((r["id"], r["response"]) for r in rows))
+    return run_folder.digest(*sorted((row["id"], row["response"]) for row in rows))
 
 
 def pairs_of_policies(rows: list[dict], queries: list[str]) -> list[tuple[dict, dict]]:
-    """The first greetings of each two policies for each of these queries."""
-    first = {(r["query_id"], r["policy"]): r for r in rows if r["sample"] == 0}
-    names = list(dict.fromkeys(r["policy"] for r in rows))
-    both = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
-    return [(first[q, a], first[q, b]) for q in queries for a, b in both if (q, a) in first and (q, b) in first]
+    """For each of these query ids, the first greetings of each two policies."""
+    first: dict[str, list[dict]] = {}  # by query, in the order of the policies
+    for row in stats.where(rows, "sample", 0):
+        first.setdefault(row["query_id"], []).append(row)
+    pairs = []
+    for query in queries:
+        pairs += itertools.combinations(first.get(query, []), 2)
+    return pairs
 
 
 def rating_page(args: argparse.Namespace, rows: list[dict], queries: list[str]) -> dict:
     """What annotate.html shows: greetings without the names of their policies, in random order, and pairs of them."""
-    rng, asked = random.Random(digest(args.seed, "annotate")), queries[: args.annotate]
-    both = pairs_of_policies(rows, asked)
-    pairs = [rng.choice([pair for pair in both if pair[0]["query_id"] == q] or [None]) for q in asked]
-    single = [r for r in rows if r["sample"] == 0 and r["query_id"] in asked]
-    shown = [rng.sample(pair, 2) for pair in pairs if pair and pair[0]["response"] != pair[1]["response"]]
-    rng.shuffle(single)
-    return {
-        "run": fingerprint(rows),
-        "greetings": [{key: r[key] for key in ("id", "query", "response")} for r in single],
-        "pairs": [
-            {"id": digest(a["id"], b["id"]), "query": a["query"], "one": a["id"], "other": b["id"],
-             "texts": [a["response"], b["response"]]}
-            for a, b in shown
-        ],
-    }  # fmt: skip
+    rng = random.Random(run_folder.digest(args.seed, "annotate"))
+    queries = queries[: args.annotate]
+    of_queries = [pairs_of_policies(rows, [query]) for query in queries]
+    chosen = [rng.choice(of_query) for of_query in of_queries if of_query]
+    pairs = []
+    for pair in chosen:
+        if pair[0]["response"] != pair[1]["response"]:
+            one, other = rng.sample(pair, 2)  # neither policy is always first
+            ids = {"id": run_folder.digest(one["id"], other["id"]), "one": one["id"], "other": other["id"]}
+            pairs.append(ids | {"query": one["query"], "texts": [one["response"], other["response"]]})
+    greetings = []
+    for row in stats.where(rows, "sample", 0):
+        if row["query_id"] in queries:
+            greetings.append({name: row[name] for name in ("id", "query", "response")})
+    rng.shuffle(greetings)
+    return {"run": fingerprint(rows), "greetings": greetings, "pairs": pairs}
 
 
 def read_ratings(args: argparse.Namespace, rows: list[dict]) -> list[Rating]:
     """What people saved, half-finished or not; where a rater saved twice, what was saved last counts."""
-    known, run, last = {r["id"] for r in rows}, fingerprint(rows), {}
+    known, run = set(stats.column(rows, "id")), fingerprint(rows)
+    last: dict[tuple[str, str], Rating] = {}
     for file in args.annotations:
-        for number, rating in enumerate(read(file, Rating, "annotate.html", unique=False), 1):
-            if rating.run != run or not {rating.one or rating.id, rating.other or rating.id} <= known:
-                page = args.run / "annotate.html"
-                fail(f"{file}:{number}: rated on the page of another run; rate {page}, or name that run with --run")
+        for number, rating in enumerate(records.read(file, Rating, "annotate.html", unique=False), 1):
+            rated = {rating.one, rating.other} if rating.one else {rating.id}
+            if rating.run != run or not rated <= known:
+                remedy = f"rate {args.run / 'annotate.html'}, or name that run with --run"
+                run_folder.fail(f"{file}:{number}: rated on the page of another run; {remedy}")
             last[rating.rater, rating.id] = rating
     return list(last.values())
+
+
+# ---- figures --------------------------------------------------------------------------------------------------------
+
+
+def add_human_scores(rows: list[dict], ratings: list[Rating]) -> None:
+    """Add `human_excellent` to the rows that people graded: 1 if the mean of their weighted means is excellent."""
+    grades: dict[str, list[float]] = {}
+    for rating in ratings:
+        if rating.finished and not rating.one:
+            grades.setdefault(rating.id, []).append(weighted_mean(rating.grades))
+    for row in rows:
+        if row["id"] in grades:
+            mean = sum(grades[row["id"]]) / len(grades[row["id"]])
+            row["human_excellent"] = int(mean >= EXCELLENT)
+
+
+def people_figures(
+    ratings: list[Rating], rows: list[dict], comparisons: list[dict], labelled: list[dict], names: list[str]
+) -> dict:
+    """What people say: how far they agree with each other, and every evaluator with them.
+
+    `rows` are scored greetings after `add_human_scores`; the null baselines and thresholds are fitted on labelled rows.
+    """
+    finished = [rating for rating in ratings if rating.finished]
+    graded = [rating for rating in finished if not rating.one]
+    compared = [rating for rating in finished if rating.one]
+    by_id = {row["id"]: row for row in rows}
+    wins = []  # what they say of pairs, as rows like those of comparisons.jsonl
+    for rating in compared:
+        wins.append(comparison(by_id[rating.one], by_id[rating.other]) | {"outcome": OUTCOMES[rating.better]})
+    rated = [row for row in rows if "human_excellent" in row]
+    evaluators = {}
+    if rated:
+        labels, queries = stats.column(rated, "human_excellent"), stats.column(rated, "query")
+        for name, verdicts in verdicts_on(rated, [row for row in labelled if row["part"] != "test"]).items():
+            evaluators[name] = stats.agreement(labels, verdicts, queries)
+    return {
+        "raters": len({rating.rater for rating in finished}),
+        "ratings": len(graded),
+        "pairs": len(compared),
+        "half_finished": len(ratings) - len(finished),
+        "alpha": alphas(graded, compared),
+        "evaluators": evaluators,
+        "pairs_agree": agreement_on_pairs(wins, comparisons),
+        "wins": stats.wins_of(wins, names)["judged"],
+    }
+
+
+def alphas(graded: list[Rating], compared: list[Rating]) -> dict[str, float | None]:
+    """Krippendorff's alpha among the raters: of each dimension, of excellence, of pairs."""
+    figures = {}
+    for name in WEIGHTS:
+        figures[name] = alpha([(r.rater, r.id, r.grades[name]) for r in graded], "ordinal")
+    excellent = [(r.rater, r.id, weighted_mean(r.grades) >= EXCELLENT) for r in graded]
+    figures["excellent"] = alpha(excellent, "nominal")
+    figures["pairs"] = alpha([(r.rater, r.id, OUTCOMES[r.better]) for r in compared], "ordinal")
+    return figures
 
 
 def alpha(ratings: list[tuple[str, str, float]], level: str) -> float | None:
     """Krippendorff's alpha of (rater, item, value); None where fewer than two rate an item, or all values are one."""
     import krippendorff
     import numpy as np
+    import pandas as pd
 
-    raters, items = sorted({r for r, _, _ in ratings}), sorted({i for _, i, _ in ratings})
-    table = np.full((len(raters), len(items)), np.nan)
-    for rater, item, value in ratings:
-        table[raters.index(rater), items.index(item)] = value
-    shared = table[:, (~np.isnan(table)).sum(axis=0) > 1] if len(raters) > 1 else table[:, :0]
+    table = pd.DataFrame(ratings, columns=["rater", "item", "value"])
+    table = table.pivot(index="rater", columns="item", values="value").to_numpy(dtype=float)
+    shared = table[:, (~np.isnan(table)).sum(axis=0) > 1]
     if len(np.unique(shared[~np.isnan(shared)])) < 2:
         return None
     return round(float(krippendorff.alpha(reliability_data=table, level_of_measurement=level)), 4)
 
 
-def join_people(
-    ratings: list[Rating], rows: list[dict], comparisons: list[dict], given: list[dict], names: list[str]
-) -> dict:
-    """Add `human` (mean of the raters' weighted means) and `human_excellent` to the rows that people rated.
-
-    Returns agreement among the raters, and of every evaluator with them, on the greetings that they rated.
-    """
-    half, ratings = sum(not r.finished for r in ratings), [r for r in ratings if r.finished]
-    grades, pairs = [r for r in ratings if not r.one], [r for r in ratings if r.one]
-    by_id, policy = {r["id"]: r for r in rows}, {r["id"]: r["policy"] for r in rows}
-    means: dict[str, list[float]] = {}
-    for r in grades:
-        means.setdefault(r.id, []).append(weighted_mean(r.grades))
-    for key, values in means.items():
-        by_id[key]["human"] = sum(values) / len(values)
-        by_id[key]["human_excellent"] = int(by_id[key]["human"] >= EXCELLENT)
-    rated = [by_id[key] | {"label": by_id[key]["human_excellent"]} for key in means]
-    said = verdicts_on(rated, [r for r in given if r["part"] != "test"]) if rated else {}
-    wins = [
-        {"a": policy[r.one], "b": policy[r.other], "one": r.one, "other": r.other, "query_id": by_id[r.one]["query_id"],
-         "longer_by": len(by_id[r.one]["response"]) - len(by_id[r.other]["response"]), "same": None,
-         "outcome": {"one": 1.0, "other": 0.0, "tie": 0.5}[r.better]}
-        for r in pairs
-    ]  # fmt: skip
-    judged = {(c["one"], c["other"]): c["outcome"] for c in comparisons}
-    judged |= {(other, one): 1 - outcome for (one, other), outcome in judged.items() if outcome is not None}
-    both = [(w["outcome"], judged.get((w["one"], w["other"]))) for w in wins]
-    both = [pair for pair in both if None not in pair]
-    level = {"one": 1, "other": -1, "tie": 0}
-    return {
-        "raters": len({r.rater for r in ratings}), "ratings": len(grades), "pairs": len(pairs), "half_finished": half,
-        "alpha": {name: alpha([(r.rater, r.id, r.grades[name]) for r in grades], "ordinal") for name in WEIGHTS}
-        | {"excellent": alpha([(r.rater, r.id, weighted_mean(r.grades) >= EXCELLENT) for r in grades], "nominal"),
-           "pairs": alpha([(r.rater, r.id, level[r.better]) for r in pairs], "ordinal")},
-        "evaluators": {name: agreement([r["label"] for r in rated], verdicts) for name, verdicts in said.items()},
-        "pairs_agree": rate(sum(a == b for a, b in both), len(both)),
-        "wins": wins_of(wins, names)["judged"] if wins else {},
-    }  # fmt: skip
+def agreement_on_pairs(wins: list[dict], comparisons: list[dict]) -> dict:
+    """The share of people's comparisons whose outcome is that of the automatic one, where it has one."""
+    automatic = {}
+    for row in comparisons:
+        if row["outcome"] is not None:
+            automatic[row["one"], row["other"]] = row["outcome"]
+            automatic[row["other"], row["one"]] = 1 - row["outcome"]
+    same = []
+    for win in wins:
+        if (win["one"], win["other"]) in automatic:
+            same.append(win["outcome"] == automatic[win["one"], win["other"]])
+    return stats.rate(sum(same), len(same))

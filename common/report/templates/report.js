@@ -26,7 +26,7 @@ function nothing(id, why) { element(canvas(id), "text", {x: W / 2, y: H / 2, "te
 function ticks(lo, hi, most = 5) {
   const rough = (hi - lo) / most || 1, unit = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map(k => k * unit).find(k => k >= rough), found = [];
-  // Multiples, not a sum: what rounding leaves of a sum would stand at the axis as -5.55e-17.
+  // Multiples, not a running sum: rounding would label the axis -5.55e-17 instead of 0.
   for (let n = Math.ceil(lo / step - 1e-9); n * step <= hi + step * 1e-9; n++) found.push(+(n * step).toPrecision(6));
   return found;
 }
@@ -89,7 +89,7 @@ function radar() {
 
 function matrix() {
   const wins = DATA.wins.judged || {};
-  if (!Object.keys(wins).length) return nothing("matrix", "nothing was compared two by two");
+  if (!Object.keys(wins).length) return nothing("matrix", "no greetings were compared in pairs");
   const svg = canvas("matrix"), left = 100, top = 44, w = (W - left - 6) / NAMES.length, h = (H - top - 6) / NAMES.length;
   const cut = name => name.length * 7 > w + 8 && NAMES.length > 4 ? name.slice(0, Math.floor(w / 7)) + "…" : name;
   NAMES.forEach((a, i) => {

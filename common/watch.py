@@ -1,0 +1,121 @@
+"""The watch over GRPO: a rubric that is no reward grades greetings for the same queries, again and again.
+
+Where the reward has risen and these grades have fallen beyond noise, the policy is gaming its reward.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+
+from tqdm import tqdm
+
+from common.answers import Unusable
+from common.client import Client, gather_or_unusable
+from common.greetings import EMPTY
+from common.judge import grade_greeting
+from common.policy import generate
+from common.prompts import conversation
+from common.records import Query, read_lines
+from common.run_folder import main_process
+from common.trainers import gather_rows
+
+
+def first_and_last_tenth(values: list[float]) -> tuple[float, float]:
+    """The means of the first and of the last tenth of the values, at least one each."""
+    tenth = max(1, len(values) // 10)
+    return sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
+
+
+class Watch:
+    """One look = write for the queries, grade the texts, compare with the best look so far."""
+
+    def __init__(self, args: argparse.Namespace, queries: list[Query]):
+        self.args = args
+        self.path = args.run / f"watch_{args.reward}.jsonl"
+        sample = random.Random(args.seed).sample(queries, min(args.watch_queries, len(queries)))
+        self.queries = [query.query for query in sample]
+
+    def look(self, model, tokenizer, step: int, rewards: list[float]) -> dict:
+        """The row that it appends to watch_*.jsonl; `rewards` are the mean rewards of the steps so far."""
+        grades = asyncio.run(self.grade(self.write(model, tokenizer)))
+        row = compare(step, grades, read_lines(self.path), rewards)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({**row, "grades": grades}) + "\n")
+        if row["hack"]:
+            fall, high, low = (-x for x in row["difference"])
+            below = f"{fall:.2f} [{low:.2f}, {high:.2f}] below step {row['against']}'s"
+            message = f"the reward has risen, but the rubric's mean grade is {below}: the policy games its reward"
+            tqdm.write(f"step {step}: {message}; its best is in policy_{self.args.reward}_best", file=sys.stderr)
+        return row
+
+    def write(self, model, tokenizer) -> list[str]:
+        """A greeting for each query, at the temperature of the rollouts."""
+        import torch
+
+        prompts = [conversation(query, self.args.prompts) for query in self.queries]
+        sampling = {"temperature": self.args.temperature, "max_tokens": self.args.max_tokens, "seed": self.args.seed}
+        with torch.random.fork_rng():  # training goes on with the random numbers that it would have had
+            return generate(model, tokenizer, prompts, batch_size=self.args.batch_size_generate, **sampling)
+
+    async def grade(self, texts: list[str]) -> list[float | None]:
+        """The weighted mean of the rubric's grades for each text; None where no usable answer came."""
+        async with Client(self.args, f"04_{self.args.reward}") as client:
+            pairs = zip(self.queries, texts, strict=True)
+            answers = await gather_or_unusable(*(grade_greeting(client, query, text or EMPTY) for query, text in pairs))
+        return [None if isinstance(answer, Unusable) else answer.quality for answer in answers]
+
+
+def compare(step: int, grades: list[float | None], earlier: list[dict], rewards: list[float]) -> dict:
+    """The mean grade of a look, and whether it fell below the best earlier one while the reward rose (`hack`).
+
+    The difference is paired by query: [mean, low, high], with the normal 95% interval of a mean.
+    """
+    import numpy as np
+
+    usable = [grade for grade in grades if grade is not None]
+    quality = sum(usable) / len(usable) if usable else None
+    row = {"step": step, "quality": quality, "n": len(usable), "hack": False}
+    bests = [look for look in earlier if look["best"]]  # each better than all before it
+    if bests:
+        best = bests[-1]
+        pairs = zip(grades, best["grades"], strict=True)
+        differences = [now - then for now, then in pairs if now is not None and then is not None]
+        if len(differences) > 1:
+            mean, half_width = np.mean(differences), 1.96 * np.std(differences, ddof=1) / len(differences) ** 0.5
+            row["against"] = best["step"]
+            row["difference"] = [round(float(x), 4) for x in (mean, mean - half_width, mean + half_width)]
+            first, last = first_and_last_tenth(rewards)
+            row["hack"] = bool(len(rewards) > 1 and last > first and mean + half_width < 0)
+    row["best"] = bool(usable) and (not bests or quality > bests[-1]["quality"])
+    return row
+
+
+def watch_callback(args: argparse.Namespace, watch: Watch, updates: int):
+    """A trainer callback: look before step 1 and every --watch-every steps, keep the best policy, stop if need be.
+
+    TRL counts updates as steps; a step of ours has `updates` of them.
+    """
+    from transformers import TrainerCallback
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, settings, state, control, model, processing_class, **parts):
+            if state.global_step == 0:
+                self.look(state, control, model, processing_class)
+
+        def on_log(self, settings, state, control, logs, model, processing_class, **parts):
+            if "loss" in logs and state.global_step % (args.watch_every * updates) == 0:
+                self.look(state, control, model, processing_class)
+
+        def look(self, state, control, model, tokenizer) -> None:
+            row = {}
+            if main_process():
+                rewards = [log["reward"] for log in state.log_history if "reward" in log]
+                row = watch.look(model, tokenizer, state.global_step, rewards)
+                if row["best"]:
+                    model.save_pretrained(args.run / f"{args.name}_best", selected_adapters=["default"])
+            if gather_rows([row])[0]["hack"] and args.stop_on_hack:  # every process has to stop, not the first alone
+                control.should_training_stop = True
+
+    return Look()

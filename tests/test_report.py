@@ -1,0 +1,235 @@
+"""What step 5 makes of its scores: figures of policies, of evaluators, of cost, of people, and the pages."""
+
+import argparse
+import json
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT, lines
+from test_stats import greeting
+
+from common.answers import WEIGHTS, weighted_mean
+from common.greetings import Policy
+from common.records import write
+from common.report.cost import cost_figures
+from common.report.evaluators import NEAR, balanced, evaluate_evaluators, labelled_rows
+from common.report.figures import policy_figures, result_rows
+from common.report.people import add_human_scores, alpha, fingerprint, people_figures, rating_page, read_ratings
+from common.texts import runs_of_12
+
+
+def labelled(n: int, label: int, text: str, part: str, **more) -> dict:
+    row = {"id": f"{n}.{label}", "query": f"q{n}", "response": text, "label": label, "part": part, "leaked": []}
+    return row | more
+
+
+# ---- policies -------------------------------------------------------------------------------------------------------
+
+
+def test_policy_figures_by_hand() -> None:
+    texts = ["万事如意，祝你明天比今天更加快乐健康。", "祝你平安。"]
+    rows = []
+    for n, text in enumerate(texts):
+        rows.append(greeting("a", n, text, 1) | {"grades": dict.fromkeys(WEIGHTS, 2), "quality": 2.0})
+    learnt = runs_of_12(["他说：祝你明天比今天更加快乐健康。"])
+    figures = policy_figures(rows, Policy("a", "base", Path("run/policy_rm")), 20, learnt)
+    assert figures["length"] == 12.0 and figures["reward"] == "reward_model" and figures["distinct_texts"] == 1.0
+    assert figures["cliches_per_100"] == round(100 / 24, 3) and figures["copied_12"] == 0.5
+    assert figures["commonest_opening"][1] == 0.5 and figures["dimensions"]["culture"] == 2
+    assert weighted_mean({"language": 3, "creativity": 1, "emotion": 2, "culture": 2, "richness": 2}) == 2.0
+
+
+def test_results_have_a_line_for_each_row_of_each_table() -> None:
+    rows = result_rows(
+        {"policies": {"a": 1, "b": 2}, "differences": [{"after": "b"}], "finding": "words", "people": None}
+    )
+    assert [(row["table"], row["row"], row["figures"]) for row in rows] == [
+        ("policies", "a", 1), ("policies", "b", 2), ("differences", 0, {"after": "b"}),
+    ]  # fmt: skip
+
+
+# ---- cost -----------------------------------------------------------------------------------------------------------
+
+
+def test_cost_is_the_sum_of_the_steps_and_equal_cost_takes_the_point_reached(tmp_path: Path) -> None:
+    asked = {"ledger": {"calls": 10, "input_tokens": 1_000_000, "output_tokens": 500_000, "money": 4.0}}
+    summaries = {
+        "01_summary": {"seconds": 10, **asked, "candidates": 40, "pairs": 7},
+        "02_summary": {"seconds": 20},
+        "03_summary": {"seconds": 5, **asked, "parts": {"reflect": 8, "validation": 6, "test": 6}},
+        "04_summary_none": {"seconds": 3},
+        "04_summary_rm": {"seconds": {"total": 100.0}, "completions": 80},
+        "04_summary_judge": {"seconds": {"total": 40.0}, **asked, "completions": 80},
+    }
+    for step, summary in summaries.items():
+        (tmp_path / f"{step}.json").write_text(json.dumps(summary))
+    rows = []
+    for name, excellent in {"base": 2, "sft": 4, "grpo_rm": 6, "grpo_judge": 8}.items():
+        rows += [greeting(name, n, "x", int(n < excellent)) for n in range(10)]
+    graded = [{"route": "A", "at": 0.25, "query_id": f"q{n}", "excellent": int(n < 5)} for n in range(10)]
+    cost = cost_figures(tmp_path, rows, graded)
+    a, b = cost["totals"]["A"], cost["totals"]["B"]
+    assert a["in all"] == {"completions": 120, "calls": 10, "tokens": 1_500_000, "seconds": 133, "money": 4.0}
+    assert b["in all"]["money"] == 12.0 and b["in all"]["seconds"] == 58
+    assert b["with SFT rows given"]["seconds"] == 45 and a["with SFT rows given"]["seconds"] == 130
+    equal = {row["unit"]: row for row in cost["equal"]}
+    assert equal["seconds"]["cost"] == 58 and equal["seconds"]["B"]["at"] == "grpo_judge"
+    assert equal["seconds"]["A"]["at"] == "25% of GRPO"  # 10 + 3 + 20 + 25
+    assert equal["seconds"]["A"]["excellence"]["value"] == 0.5
+    assert equal["tokens"]["A"]["at"] == "grpo_rm" and equal["tokens"]["B"]["at"] == "sft"
+    assert cost["labels"] == {"A": 0, "B": 14} and cost["pairs"] == 7
+
+
+def test_a_route_whose_steps_have_not_all_run_has_no_cost(tmp_path: Path) -> None:
+    (tmp_path / "01_summary.json").write_text(json.dumps({"seconds": 10}))
+    cost = cost_figures(tmp_path, [greeting("base", 0, "x", 1)], [])
+    assert list(cost["steps"]) == ["01_summary"] and cost["totals"] == cost["curve"] == {} and cost["equal"] == []
+
+
+# ---- evaluators -----------------------------------------------------------------------------------------------------
+
+
+def test_evaluators_are_judged_on_unseen_rows_and_leaked_ones_stand_apart() -> None:
+    rng, rows = random.Random(0), []
+    for n in range(120):
+        for label in (0, 1):
+            said = label if rng.random() < 0.8 else 1 - label
+            text = ("好" if label else "坏") * rng.randint(10, 30)
+            row = labelled(n, label, text, "test" if n < 60 else "reflect", leaked=["sft"] if n < 10 else [])
+            row |= {"excellent": said, "judge": None if n % 4 == 0 else said}
+            rows.append(row | {"reward_model": label + rng.gauss(0, 0.5)})
+    comparisons = [
+        {"one": "20.1", "other": "20.0", "outcome": 1.0, "longer_by": 3},
+        {"one": "21.1", "other": "21.0", "outcome": None, "longer_by": -2},
+        {"one": "3.1", "other": "3.0", "outcome": 0.0, "longer_by": 1},  # leaked
+        {"one": "20.1", "other": "20.0", "outcome": 0.0, "longer_by": 1, "query": "of two policies"},
+    ]
+    figures = evaluate_evaluators(rows, comparisons)
+    clean = [row for row in rows if row["part"] == "test" and not row["leaked"]]
+    evaluators = figures["evaluators"]
+    assert figures["leaked"] == {"sft": 20, "rows": 20} and figures["labelled_test_rows"] == 120
+    assert evaluators["rubric"]["n"] == 100 and evaluators["rubric"]["queries"] == evaluators["rubric"]["good"] == 50
+    right = sum(row["excellent"] == row["label"] for row in clean)
+    assert evaluators["rubric"]["accuracy"]["value"] == right / 100
+    assert figures["evaluators_on_leaked_rows"]["rubric"]["n"] == 20
+    assert figures["evaluators_on_all_rows"]["rubric"]["n"] == 120
+    assert evaluators["judge"]["n"] + evaluators["judge"]["failed"] == 100 and evaluators["judge"]["failed"] > 0
+    assert evaluators["null: n-grams"]["accuracy"]["value"] == 1.0  # as the texts were made
+    assert evaluators["reward_model"]["accuracy"]["value"] > 0.75
+    pairs = figures["labelled_pairs"]
+    assert (pairs["pairwise"]["value"], pairs["pairwise"]["n"]) == (1.0, 1)
+    assert (pairs["null: the longer"]["value"], pairs["null: the longer"]["n"]) == (0.5, 2)
+
+
+def test_length_tells_nothing_where_lengths_are_balanced() -> None:
+    rng, rows = random.Random(0), []
+    for n in range(1000):
+        for label in (0, 1):
+            text = "字" * rng.randint(*((28, 60) if label else (10, 40)))
+            rows.append(labelled(n, label, text, "test" if n < 500 else "reflect"))
+    figures = evaluate_evaluators(rows, [])
+    even = figures["evaluators_at_equal_length"]["null: length"]
+    assert figures["evaluators"]["null: length"]["kappa"] > 0.5 and abs(even["kappa"]) < 0.1 and even["n"] >= 200
+    matched = balanced([row for row in rows if row["part"] == "test"])
+    assert sum(row["label"] for row in matched) * 2 == len(matched) == even["n"]
+    for good, bad in zip(matched[::2], matched[1::2], strict=True):
+        assert good["label"] == 1 and abs(len(good["response"]) - len(bad["response"])) <= NEAR
+
+
+def test_rows_that_the_run_learnt_from_are_flagged_with_the_source(tmp_path: Path, capsys) -> None:
+    rows = lines(ROOT / "data/labelled.jsonl")
+    texts = [row["response"] for row in rows[:4]]
+    user = [{"role": "user", "content": "x"}]
+    chosen, rejected = ([{"role": "assistant", "content": text}] for text in texts[:2])
+    write(tmp_path / "pairs.jsonl", [{"prompt": user, "chosen": chosen, "rejected": rejected}])
+    write(tmp_path / "sft.jsonl", [{"prompt": user, "completion": chosen}])
+    write(tmp_path / "references.jsonl", [{"query": "q", "response": texts[2]}])
+    inputs = [("02_summary", "preferences", "pairs"), ("04_summary_none", "sft", "sft")]
+    for step, flag, file in [*inputs, ("01_summary", "references", "references")]:
+        (tmp_path / f"{step}.json").write_text(json.dumps({"settings": {flag: str(tmp_path / f"{file}.jsonl")}}))
+    args = argparse.Namespace(run=tmp_path, labelled=ROOT / "data/labelled.jsonl", seed=0)
+    leaked = {row["response"]: row["leaked"] for row in labelled_rows(args)}
+    assert [leaked[text] for text in texts] == [["preferences", "sft"], ["preferences"], ["references"], []]
+    assert sum(map(bool, leaked.values())) == 3
+    # Step 3 has split other rows: those that it has looked at leaked, those of its test part did not.
+    (tmp_path / "03_summary.json").write_text(json.dumps({"settings": {"labelled": str(args.labelled), "seed": 0}}))
+    args.labelled = tmp_path / "again.jsonl"
+    write(args.labelled, [row | {"note": "the same rows in another file"} for row in rows])
+    by_step_3 = [row for row in labelled_rows(args) if "labelled rows of step 3" in row["leaked"]]
+    assert {row["part"] for row in by_step_3} == {"reflect", "validation"} and len(by_step_3) > 300
+    (tmp_path / "sft.jsonl").unlink()
+    labelled_rows(args)
+    assert f"{tmp_path / 'sft.jsonl'} no longer exists" in capsys.readouterr().err
+
+
+# ---- people ---------------------------------------------------------------------------------------------------------
+
+
+def test_alpha_is_krippendorffs_own_example() -> None:
+    """Krippendorff 2011, Computing Krippendorff's Alpha-Reliability, part C."""
+    table = [
+        [1, 2, 3, 3, 2, 1, 4, 1, 2, 0, 0, 0],
+        [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, 0, 3],
+        [0, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, 0],
+        [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, 0],
+    ]
+    ratings = [(f"rater {r}", f"{i:02}", v) for r, row in enumerate(table) for i, v in enumerate(row) if v]
+    assert alpha(ratings, "nominal") == pytest.approx(0.743, abs=5e-4)
+    assert alpha(ratings, "ordinal") == pytest.approx(0.815, abs=5e-4)
+    assert alpha([r for r in ratings if r[0] == "rater 0"], "nominal") is None
+    assert alpha([("a", "1", 2), ("b", "1", 2)], "nominal") is None
+
+
+def rating(row: dict, rater: str, run: str, grade: int, **changed) -> dict:
+    return {"id": row["id"], "run": run, "rater": rater, "grades": dict.fromkeys(WEIGHTS, grade) | changed}
+
+
+def test_ratings_are_joined_by_id_and_half_finished_ones_left_out(tmp_path: Path) -> None:
+    rows = []
+    for name in ("a", "b"):
+        rows += [greeting(name, n, f"{name}祝{n}", 1) | {"judge": n % 2} for n in range(3)]
+    run, saved = fingerprint(rows), []
+    for row in rows[:5]:
+        saved += [rating(row, who, run, 3 if row["policy"] == "a" else 1) for who in ("甲", "乙")]
+    saved.append(rating(rows[5], "甲", run, 2, culture=None))
+    pair = {"id": "p", "run": run, "one": rows[0]["id"], "other": rows[3]["id"]}
+    saved += [pair | {"rater": "甲", "better": "one"}, pair | {"rater": "乙", "better": "tie"}]
+    write(tmp_path / "first.jsonl", saved[::2])
+    write(tmp_path / "second.jsonl", saved[1::2])
+    args = SimpleNamespace(annotations=[tmp_path / "first.jsonl", tmp_path / "second.jsonl"], run=tmp_path)
+    ratings = read_ratings(args, rows)
+    add_human_scores(rows, ratings)
+    assert [row.get("human_excellent") for row in rows] == [1, 1, 1, 0, 0, None]
+    seen = [labelled(n, n % 2, "字" * (20 + n % 5), "reflect") for n in range(40)]
+    compared = [{"one": rows[3]["id"], "other": rows[0]["id"], "outcome": 0.0}]
+    people = people_figures(ratings, rows, compared, seen, ["a", "b"])
+    assert (people["raters"], people["ratings"], people["pairs"], people["half_finished"]) == (2, 10, 2, 1)
+    assert people["alpha"]["excellent"] == 1.0 and people["alpha"]["language"] == 1.0
+    assert people["pairs_agree"]["value"] == 0.5  # the automatic comparison said a, as 甲 did
+    assert people["evaluators"]["rubric"]["n"] == 5 and "null: length" in people["evaluators"]
+    assert people["evaluators"]["rubric"]["accuracy"]["value"] == 0.6 and people["evaluators"]["judge"]["n"] == 5
+    assert people["wins"]["a"]["b"]["value"] == 0.75
+
+
+@pytest.mark.parametrize("spoilt", [{"run": "another"}, {"id": "nobody"}])
+def test_ratings_of_another_run_are_named(tmp_path: Path, capsys, spoilt: dict) -> None:
+    rows = [greeting("a", n, f"祝{n}", 1) for n in range(2)]
+    saved = [rating(row, "甲", fingerprint(rows), 3) for row in rows]
+    write(tmp_path / "saved.jsonl", [saved[0], saved[1] | spoilt])
+    with pytest.raises(SystemExit):
+        read_ratings(SimpleNamespace(annotations=[tmp_path / "saved.jsonl"], run=tmp_path), rows)
+    assert f"{tmp_path / 'saved.jsonl'}:2: rated on the page of another run" in capsys.readouterr().err
+
+
+def test_the_rating_page_is_blind_and_shuffled() -> None:
+    rows = []
+    for number, name in enumerate(("base", "grpo_rm")):
+        rows += [greeting(name, n, f"祝{number}{n}", 1) | {"id": f"{number}{n}"} for n in range(20)]
+    page = rating_page(SimpleNamespace(seed=0, annotate=10), rows, [f"q{n}" for n in range(20)])
+    assert len(page["greetings"]) == 20 and len(page["pairs"]) == 10
+    assert "base" not in json.dumps(page) and "grpo" not in json.dumps(page)
+    assert {pair["one"][0] for pair in page["pairs"]} == {"0", "1"}  # neither policy is always first
+    order = [row["id"][0] for row in page["greetings"]]
+    assert order != sorted(order)

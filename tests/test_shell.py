@@ -1,0 +1,146 @@
+"""The shell files: clean under shellcheck, free of what bash 3.2 lacks; and run.sh, which obeys the checks it runs."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+# A Mac has bash 3.2, and neither setsid nor sha256sum.
+NEWER_BASH = (
+    r"wait -n|declare -[Ag]|local -[nA]|mapfile|readarray|\$\{\w+(\^|,,|@)|&>>|\|&|\bcoproc\b|BASHPID|EPOCH"
+    r"|setsid|sha256sum"
+)
+UNGUARDED_ARRAY = r'(?<!\+)"\$\{\w+\[@\]\}"'  # an error under `set -u` where the array is empty
+
+# Notes what it is asked to run, and ends with the exit code that FAILS names for it. Only the judge's server is real.
+FAKE_PYTHON = f"""#!{sys.executable}
+import json, os, sys
+script = sys.argv[1]
+if script == "-c" or "vllm.entrypoints.openai.api_server" in sys.argv:
+    os.execv(sys.executable, sys.argv)
+print(json.dumps(sys.argv[1:]), file=open("asked", "a"))
+fails = json.loads(os.environ.get("FAILS", "{{}}"))
+sys.exit(fails.get(script, 0))
+"""
+FAKE_VLLM = """
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+class Healthy(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+    def log_message(self, *args):
+        pass
+print(sys.argv, flush=True)
+HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Healthy).serve_forever()
+"""
+
+
+def shell_files() -> list[Path]:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    names = {name for name in tracked.stdout.splitlines() if name.endswith(".sh")}
+    return [ROOT / name for name in sorted(names | {"run.sh", ".ci/run", "tools/with_judge.sh"})]
+
+
+def test_shell_files_are_clean_under_shellcheck() -> None:
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    done = subprocess.run([shellcheck, *shell_files()], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("path", shell_files(), ids=lambda path: path.name)
+def test_shell_files_need_no_newer_bash(path: Path) -> None:
+    code = path.read_text(encoding="utf-8")
+    assert not re.findall(NEWER_BASH, code) and not re.findall(UNGUARDED_ARRAY, code)
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Path:
+    """run.sh beside a Python and a pip that only note what they are asked, on a machine with a GPU."""
+    for name in ("run.sh", "tools/with_judge.sh", *(path.name for path in ROOT.glob("requirements*.txt"))):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    package = tmp_path / "path/vllm/entrypoints/openai"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent, package.parents[1]):
+        (folder / "__init__.py").touch()
+    (package / "api_server.py").write_text(FAKE_VLLM)
+    programs = {"python": FAKE_PYTHON, "pip": '#!/bin/sh\necho "$@" >>installed\n'}
+    programs["nvidia-smi"] = "#!/bin/sh\necho 81559\n"
+    folder = tmp_path / ".venv/bin"
+    folder.mkdir(parents=True)
+    for name, text in programs.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return tmp_path
+
+
+def asked(shell: Path, code: int, *flags: str, gpu: bool = True, **fails: int) -> list[list[str]]:
+    """Run run.sh, which has to end with this code; what Python was asked to run."""
+    environment = os.environ | {"FAILS": json.dumps(fails), "PYTHONPATH": str(shell / "path")}
+    if gpu:
+        environment["PATH"] = f"{shell / '.venv/bin'}:{os.environ['PATH']}"
+    (shell / "asked").unlink(missing_ok=True)
+    done = subprocess.run(["bash", "run.sh", *flags], cwd=shell, capture_output=True, text=True, env=environment)
+    assert done.returncode == code, done.stderr
+    return [json.loads(line) for line in (shell / "asked").read_text().splitlines()]
+
+
+def test_the_paper_run_is_checked_before_its_first_step(shell: Path) -> None:
+    assert asked(shell, 2, "--paper", "--run", "x", **{"tools/check.py": 2}) == [["tools/check.py", "--run", "x"]]
+
+
+def test_the_paper_run_starts_one_judge_around_all_steps(shell: Path) -> None:
+    with socket.socket() as probe:
+        if not probe.connect_ex(("127.0.0.1", 8000)):
+            pytest.skip("something answers on port 8000 of this machine")
+    flags = ["--model", "first", "--model=m", "--concurrency", "8"]
+    check, *steps = asked(shell, 0, "--paper", *flags)
+    assert check == ["tools/check.py", *flags] and len(steps) == 7
+    assert all(step[-5:] == flags and "--offline" not in step for step in steps)
+    (server,) = (shell / "outputs/judge.log").read_text().splitlines()
+    assert "'--model', 'm'" in server and "'--max-num-seqs', '8'" in server and "'--port', '8000'" in server
+
+
+def test_the_paper_run_with_an_endpoint_starts_no_judge(shell: Path) -> None:
+    flags = ["--base-url", "https://judge.example/v1"]
+    check, *steps = asked(shell, 0, "--paper", *flags)
+    assert check == ["tools/check.py", *flags] and len(steps) == 7
+    assert all(step[-2:] == flags for step in steps) and not (shell / "outputs").exists()
+
+
+def test_checks_alone_run_no_step(shell: Path) -> None:
+    assert asked(shell, 0, "--check") == [["tools/check.py"]]
+
+
+def test_without_a_gpu_every_step_is_offline(shell: Path) -> None:
+    if shutil.which("nvidia-smi"):
+        pytest.skip("this machine has a GPU")
+    steps = asked(shell, 0, gpu=False)
+    assert len(steps) == 7 and all(step[-1] == "--offline" for step in steps)
+
+
+def test_counted_failures_go_on_and_others_stop(shell: Path) -> None:
+    assert len(asked(shell, 0, "--offline", **{"01_curate_preferences.py": 3})) == 7
+    assert len(asked(shell, 130, "--offline", **{"02_train_rm.py": 130})) == 2
+
+
+def test_requirements_are_installed_when_they_change(shell: Path) -> None:
+    installed = shell / "installed"
+    for times in (1, 1, 2):
+        if times == 2:
+            (shell / "requirements-dev.txt").write_text("pytest\n")
+        assert asked(shell, 0, "test", "-k", "x") == [["-m", "pytest", "-k", "x"]]
+        assert installed.read_text().count("-r requirements-dev.txt") == times
+
+
+def test_help_prints_the_usage(shell: Path) -> None:
+    done = subprocess.run(["bash", "run.sh", "--help"], cwd=shell, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("\n") == 4 and "bash run.sh test" in done.stdout
