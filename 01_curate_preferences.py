@@ -47,7 +47,7 @@ def parse_args() -> argparse.Namespace:
     add("--queries", type=Path, default=run_folder.ROOT / "data/queries.jsonl", help="{query} (data/queries.jsonl)")
     add("--candidates", type=Path, nargs="*", default=[], help="files of {query, response} to judge too")
     add("--policies", nargs="*", default=[], help="further policies to sample: models, or adapter folders of step 4")
-    add("--samples", type=int, default=4, help="candidates per query, policy and temperature (%(default)s)")
+    add("--samples", type=int, default=4, help="per query, policy and temperature; 0: judge files only (%(default)s)")
     add("--temperature", type=float, nargs="+", default=[1.0], help="of the policies; one or several (1.0)")
     add("--max-tokens", type=int, default=512, help="of a candidate (%(default)s)")
     add = parser.add_argument_group("screening", "a candidate above either is dropped").add_argument
@@ -115,23 +115,23 @@ def sample_from(args: argparse.Namespace, policy: str, queries: list[Query], app
 
 def screen(args: argparse.Namespace, references: list[Reference]) -> dict[str, str]:
     """Candidates that are not worth a judgement: {id: "duplicate", "near-duplicate" or "copies a reference"}."""
-    # Runs of 6 characters are looked up, not compared text by text: that would be candidates x references.
-    holders: dict[str, list[int]] = {}  # run of 6 characters -> numbers of the references that hold it
+    # 6-grams of characters are looked up, because comparing texts would take candidates x references.
+    holders: dict[str, list[int]] = {}  # 6-gram -> numbers of the references that contain it
     for number, reference in enumerate(references if args.max_copied < 1 else []):
-        for run in set(ngrams(reference.response, 6)):
-            holders.setdefault(run, []).append(number)
+        for gram in set(ngrams(reference.response, 6)):
+            holders.setdefault(gram, []).append(number)
 
     screened_out, texts_of_query = {}, defaultdict(list)
     for candidate in records.stream(args.run / "candidates.jsonl", Candidate):
         text = candidate.response
         earlier = texts_of_query[candidate.query]
-        runs = set(ngrams(text, 6))
-        shared = Counter(number for run in runs for number in holders.get(run, []))  # runs in common with a reference
+        grams = set(ngrams(text, 6))
+        shared = Counter(number for gram in grams for number in holders.get(gram, []))  # reference -> 6-grams in common
         if text in earlier:
             screened_out[candidate.id] = "duplicate"
         elif args.max_similar < 1 and any(similarity(text, other) > args.max_similar for other in earlier):
             screened_out[candidate.id] = "near-duplicate"
-        elif shared and max(shared.values()) > args.max_copied * len(runs):
+        elif shared and max(shared.values()) > args.max_copied * len(grams):
             screened_out[candidate.id] = "copies a reference"
         else:
             earlier.append(text)
@@ -144,7 +144,7 @@ def judge_candidates(args: argparse.Namespace, references: list[Reference], scre
 
     path, candidates = args.run / "judgements.jsonl", args.run / "candidates.jsonl"
     # What failed in an earlier call is dropped, so that it is asked for again.
-    with records.Appender(path):  # opening it mends the torn line that a kill may have left
+    with records.Appender(path):  # opening it drops the torn line that a kill may have left
         pass
     if path.stat().st_size and any(record.error for record in records.stream(path, Judgement)):
         records.write(path, (record for record in records.stream(path, Judgement) if not record.error))
@@ -354,7 +354,7 @@ def main(args: argparse.Namespace) -> int:
     if not judging.done:
         seconds["judge"] = judge_candidates(args, references, screened_out)
 
-    # 3. Pairs and demonstrations, made anew whenever they could differ: what they are made from is kept.
+    # 3. Pairs and demonstrations, made again whenever they could differ: what they are made from is kept.
     settings = run_folder.settings(args, "pairs")
     settings["prompts"] = prompt_hashes(["policy"], args.prompts)
     settings["judgements"] = run_folder.file_hash(args.run / "judgements.jsonl")

@@ -1,21 +1,22 @@
-"""Step 2: train a reward model that cannot be bought with length, repetition or flattery, and measure that.
+"""Step 2: train a reward model that is hard to game by length, repetition or flattery, and measure how hard.
 
 A Bradley-Terry reward model: the policy's base in 4 bits, a LoRA adapter and a scalar head, trained with TRL so that
 the chosen text scores above the rejected one. A plain one, on pairs in which the longer text wins, loves a greeting
 pasted twice and a word to the reviewer. So
 
     pairs        are split by query; training pairs that share a text with a test pair are left out
-    spoilt pairs are added: a chosen text against a spoilt form of itself, others in every epoch      common/spoilt.py
+    spoilt pairs are added: a chosen text against a spoilt form of itself, different ones each epoch  common/spoilt.py
     training     stops when the loss on held-out pairs no longer falls                                TRL
-    calibration  takes off what remains of the score's correlation with length among good texts       reward_model.py
+    calibration  subtracts what remains of the score's correlation with length among good texts      reward_model.py
     tests        on all pairs, on pairs of nearly equal length, and under attacks in wordings that training never saw;
                  beside each result, how often "the longer text wins" and character n-grams are right
 
 Reads   preferences.jsonl of step 1 (--preferences; --eval-preferences instead of a split by query)
-Writes  rm/ (adapter, head, calibration.json, training.svg, README.md), rm_eval.jsonl, 02_summary.json
+Writes  rm/ (adapter, head, calibration.json, training.svg, README.md), rm_checkpoints/, rm_eval.jsonl, 02_summary.json
 Paper   arXiv 2508.21476: LoRA r 16, learning rate 2e-4, 5 epochs, batch 16 with 8 accumulation steps. Departures: 4-bit
-        base; the split, the spoilt pairs, the calibration, the attacks. Length: post-hoc reward calibration, Huang
-        et al. 2024 (arXiv 2409.17407), here with a straight line fitted to chosen texts alone.
+        base; the split, the spoilt pairs (beside which each pair is shown twice per epoch), the calibration, the
+        attacks. Length: post-hoc reward calibration, Huang et al. 2024 (arXiv 2409.17407), here with a straight line
+        fitted to chosen texts alone.
 Example python 02_train_rm.py --offline --run outputs/mine
         python 02_train_rm.py --offline --run outputs/mine --score greetings.jsonl > scored.jsonl
 """
@@ -56,8 +57,8 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument_group("training").add_argument
     add("--rank", type=run_folder.positive, default=16, help="LoRA rank (%(default)s)")
     add("--learning-rate", type=float, default=2e-4, help="%(default)s")
-    add("--epochs", type=float, default=5, help="times over the pairs, each with other spoilt texts (%(default)s)")
-    add("--batch-size", type=run_folder.positive, default=16, help="pairs a device and step (%(default)s)")
+    add("--epochs", type=float, default=5, help="times over the pairs, each with different spoilt texts (%(default)s)")
+    add("--batch-size", type=run_folder.positive, default=16, help="pairs per device and step (%(default)s)")
     add("--accumulation", type=run_folder.positive, default=8, help="steps that make one update (%(default)s)")
     add("--max-length", type=run_folder.positive, default=768, help="tokens; longer pairs are left out (%(default)s)")
     add("--checks", type=run_folder.positive, default=20, help="times to save and test on held-out pairs (%(default)s)")
@@ -139,7 +140,7 @@ Tests = dict[str, list[Rival]]
 
 
 def build_tests(args: argparse.Namespace, split: Split) -> Tests:
-    """The rivals in each test: rejected texts, by difference of length, and up to --stress-size texts an attack."""
+    """The rivals in each test: rejected texts, by difference of length, and up to --stress-size texts per attack."""
     tests: Tests = {"all": [], "within_5": [], "within_10": [], "shorter_chosen": []}
     if split.leaking:
         tests["without_leaks"] = []
@@ -237,7 +238,7 @@ def train(args: argparse.Namespace, pairs: Pairs, passes: float, stop: Pairs, ba
         per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
         per_device_eval_batch_size=args.batch_size, learning_rate=args.learning_rate,
         # Trainings are of some hundred updates: Adam's 0.999 would average the squared gradients over all of them.
-        lr_scheduler_type="cosine", warmup_steps=0.1, adam_beta2=0.98,
+        lr_scheduler_type="cosine", adam_beta2=0.98, warmup_steps=0.1,  # a share of all steps
         logging_steps=max(1, check_every // 4), logging_nan_inf_filter=False,
         eval_strategy="steps", eval_steps=check_every, metric_for_best_model="eval_loss", load_best_model_at_end=True,
         save_strategy="steps", save_steps=check_every, save_total_limit=2,
@@ -253,7 +254,7 @@ def train(args: argparse.Namespace, pairs: Pairs, passes: float, stop: Pairs, ba
         train_dataset=as_dataset(pairs),
         eval_dataset=as_dataset(stop),
         processing_class=load_tokenizer(base),
-        peft_config=lora(args.rank, 2 * args.rank, "SEQ_CLS", modules_to_save=["score"]),
+        peft_config=lora(args.rank, "SEQ_CLS", modules_to_save=["score"]),
         callbacks=[bar, EarlyStoppingCallback(args.patience)],
     )
     fix_trainer(trainer)
@@ -341,6 +342,9 @@ def main(args: argparse.Namespace) -> int:
     split = split_pairs(args)
     run_folder.open_run(args.run)
     settings = run_folder.settings(args, "data", "training", "models") | {"base": base}
+    # What fits the memory may change on the way: as many pairs make an update all the same.
+    settings["batch"] = settings.pop("batch_size") * settings.pop("accumulation")
+    del settings["batch_size_generate"]
     stage = run_folder.Stage(args.run, "02_rm", ["rm", "rm_eval.jsonl", "rm_checkpoints"], settings, args.redo)
     if stage.done and run_folder.read_summary(args.run, "02_summary"):
         print(f"02: done already, see {args.run / '02_summary.json'}")

@@ -1,15 +1,15 @@
-"""Step 3: train the judge's principles by an adversarial loop, and keep only what makes the judge better.
+"""Step 3: train the judge's principles by an adversarial loop, and reject what makes the judge worse on validation.
 
 Each round a Generator writes subtly flawed greetings under strategies S_G and explains the flaw; the Detector judges
 them under principles S_D. Caught: its reason sharpens S_G. Fooled: the explanation sharpens S_D. Then the Detector
 judges labelled greetings, good and bad, and for each mistake a Reflector proposes a change to S_D. An Optimiser turns
-the feedback into at most 10 rules a side; rules that quote a labelled greeting are refused. New principles replace the
-old only if agreement with the labels of the validation part does not fall, on the same rows, and the red-team bank is
-not fooled more often; otherwise they are rolled back. The test part, and a second bank of attacks on other greetings,
-are looked at once, at the end.
+the feedback into at most 10 rules per side; rules that quote a labelled greeting are refused. New principles replace
+the old only if agreement with the labels of the validation part does not fall, on the same rows, and the red-team
+bank fools the Detector no more often; otherwise they are rolled back. The test part, and a second bank of attacks on
+other greetings, are looked at once, at the end.
 
 Reads   labelled greetings, references, queries; prompts/principles.md and prompts/strategies.md, the seeds
-Writes  principles.jsonl (a line a version, accepted or not and why), redteam.jsonl, principles.svg, 03_summary.json
+Writes  principles.jsonl (a line per version, accepted or not and why), redteam.jsonl, principles.svg, 03_summary.json
 Paper   arXiv 2508.21476, the principle-guided judge. Departures: the labelled rows are split by query into a part that
         the loop may look at, a part that decides, and a part that is reported once; the released script accepts every
         rewrite unseen.
@@ -87,7 +87,7 @@ class Agents:
         return answers
 
     async def judge(self, rows: list[dict], principles: list[str], again: int = 0) -> list[Verdict | None]:
-        """The Detector's verdicts with their reasons; another `again` asks anew."""
+        """The Detector's verdicts with their reasons; another `again` asks for new ones."""
         judging = (judge_greeting(self.client, row["query"], row["response"], principles, again) for row in rows)
         return await self.answers(judging)
 
@@ -102,13 +102,9 @@ def figures_of(rows: list[dict], verdicts: list[int | None]) -> dict:
 
     `verdicts` are those on the rows, followed by those on the bank.
     """
-    figures = stats.agreement(column(rows, "label"), verdicts[: len(rows)], column(rows, "query"))
+    figures = stats.agreement(stats.column(rows, "label"), verdicts[: len(rows)], stats.column(rows, "query"))
     bank = verdicts[len(rows) :]
     return figures | {"false_accept": stats.rate(bank.count(1), len(bank) - bank.count(None))}
-
-
-def column(rows: list[dict], name: str) -> list:
-    return [row[name] for row in rows]
 
 
 def objection(rows: list[dict], old: list[int | None], new: list[int | None]) -> str:
@@ -147,7 +143,7 @@ class Loop:
                 self.quotable.update(ngrams(row["response"], QUOTE))
 
     async def play_round(self, number: int, current: dict) -> dict:
-        """One round; returns the validation figures of the principles that stand after it."""
+        """One round; returns the validation figures of the principles in force after it."""
         # The Generator attacks. An attack that fooled the Detector says which principle is missing.
         attacks = [] if self.args.no_adversary else await self.attack(self.strategies, number)
         fooling = [attack for attack in attacks if attack["fooled"]]
@@ -160,7 +156,7 @@ class Loop:
         # The bank grows by what fooled the Detector, so that later principles are held to it too; but only where the
         # Detector sees the flaw once it is named: a Generator that failed to write one must not spoil the bank.
         for attack in fooling:
-            known = attack["response"] in column(self.bank, "response")
+            known = attack["response"] in stats.column(self.bank, "response")
             if not known and await self.agents.verdicts([attack], [*self.principles, attack["flaw"]]) == [0]:
                 row = {"query": attack["query"], "response": attack["response"], "flaw": attack["flaw"]}
                 self.bank.append(row | {"source": f"round {number}"})
@@ -238,7 +234,7 @@ class Loop:
         new_attacks = await self.attack(strategies, number) if strategies != self.strategies else []
         # Both against the Detector as it is now: the principles may be other ones than the attacks were judged under.
         old_verdicts = await self.agents.verdicts(attacks, self.principles)
-        fooled = sum(column(new_attacks, "fooled"))
+        fooled = sum(stats.column(new_attacks, "fooled"))
         if new_attacks and fooled / len(new_attacks) >= old_verdicts.count(1) / len(old_verdicts):
             self.strategies = strategies
 
@@ -322,8 +318,8 @@ def share_of_same(first: list[int | None], others: list[list[int | None]]) -> di
 def null_baselines(parts: dict[str, list[dict]]) -> dict:
     """What text length and character n-grams reach on the test part, fitted on the other two parts."""
     seen, test = parts["reflect"] + parts["validation"], parts["test"]
-    verdicts = stats.null_verdicts(column(seen, "response"), column(seen, "label"), column(test, "response"))
-    labels, queries = column(test, "label"), column(test, "query")
+    texts, labels, queries = stats.column(test, "response"), stats.column(test, "label"), stats.column(test, "query")
+    verdicts = stats.null_verdicts(stats.column(seen, "response"), stats.column(seen, "label"), texts)
     return {name: stats.agreement(labels, guesses, queries) for name, guesses in verdicts.items()}
 
 
@@ -337,7 +333,7 @@ def draw(path: Path, versions: list[dict]) -> None:
             lines["proposed"].append((version["round"], value))
             if version["accepted"]:
                 lines["accepted"].append((version["round"], value))
-    draw_curves(path, panels)
+    draw_curves(path, panels, xlabel="round")
 
 
 def print_figures(args: argparse.Namespace, figures: dict) -> None:

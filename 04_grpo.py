@@ -7,19 +7,27 @@
 The loop of GRPO is TRL's. One step of it:
 
     the engine writes --samples greetings for each of --queries-per-step queries              common/engine.py
-    its log-probabilities are compared with the trainer's: beyond --max-gap the run stops     checked_trainer_class
     each greeting gets a reward, or None where the judge failed, which teaches nothing        common/rewards.py
-    the adapter is updated once for every --mini-batch queries                                TRL, loss "dapo"
-    the adapter alone is sent to the engine                                                   common/engine.py
+    its advantage is its reward minus the mean of its query's rewards, divided by their       TRL
+        standard deviation
+    the engine's log-probabilities are compared with the trainer's before anything is         checked_trainer_class
+        learnt: beyond --max-gap the run stops
+    the adapter is updated once for every --mini-batch queries, with the loss "dapo" and      TRL
+        --kl to the SFT policy
+    the adapter alone is sent to the engine, as the next step begins                          common/engine.py
+
+`step` in the files is TRL's count of updates; a GRPO step has queries-per-step / mini-batch of them. --watch-every and
+--save-every count GRPO steps.
 
 Every --watch-every steps a rubric, which is not a reward, grades greetings for the same queries. Where the reward has
 risen and these grades have fallen beyond noise, the policy is gaming its reward (common/watch.py).
 
 Reads   queries, sft.jsonl (none), rm/ (rm), principles.jsonl (judge), policy_sft/ (rm and judge)
-Writes  policy_sft/, policy_rm/ or policy_judge/, policy_*_best/ (the best that the watch saw), rollouts_*.jsonl (every
-        completion with its reward), metrics_*.jsonl and .svg, watch_*.jsonl, 04_summary_{none,rm,judge}.json
-Paper   arXiv 2508.21476: 32 queries a step, 4 samples, 512 tokens, mini-batch 16, KL 0.001 (low-variance estimator), 5
-        epochs, learning rate 3e-7 for full fine-tuning on 4 GPUs. Departures: QLoRA on one GPU, whose best learning
+Writes  policy_sft/, policy_rm/ or policy_judge/, policy_*_best/ (the best that the watch saw), policy_*_checkpoints/,
+        rollouts_*.jsonl (every completion with its reward), metrics_*.jsonl and .svg, watch_*.jsonl,
+        04_summary_{none,rm,judge}.json
+Paper   arXiv 2508.21476: 32 queries per step, 4 samples, 512 tokens, mini-batch 16, KL 0.001 (low-variance estimator),
+        5 epochs, learning rate 3e-7 for full fine-tuning on 4 GPUs. Departures: QLoRA on one GPU, whose best learning
         rate is about ten times that of full fine-tuning (Schulman et al. 2025, "LoRA Without Regret"): 3e-6.
         TRL's default loss, "dapo": GRPO's, averaged over the tokens of the step.
 Example python 04_grpo.py --reward judge --offline --run outputs/mine
@@ -65,14 +73,14 @@ def parse_args() -> argparse.Namespace:
     add("--sft-batch-size", type=run_folder.positive, default=16, help="%(default)s")
     trainers.add_grpo_flags(parser)
     add = parser.add_argument_group("watch").add_argument
-    add("--watch-every", type=int, default=20, help="steps between two looks of the watch; 0: none (%(default)s)")
+    add("--watch-every", type=int, default=20, help="GRPO steps between two looks of the watch; 0: none (%(default)s)")
     add("--watch-queries", type=run_folder.positive, default=64, help="that it looks at (%(default)s)")
     # The rest changes when a run stops and what it saves, not what it computes.
     add = parser.add_argument_group("course of the run").add_argument
     add("--stop-on-hack", action="store_true", help="end when the reward rises and the watch's grades fall")
     gap = "mean difference of a token's log-probability, engine to trainer, that stops the run (%(default)s)"
     add("--max-gap", type=float, default=0.05, help=gap)
-    add("--save-every", type=run_folder.positive, default=10, help="steps between checkpoints (%(default)s)")
+    add("--save-every", type=run_folder.positive, default=10, help="GRPO steps between checkpoints (%(default)s)")
     add("--report-to", nargs="*", default=[], help="trackers that TRL knows, such as tensorboard")
     add("--plan", action="store_true", help="train nothing: print what will be on the GPU, and whether it fits")
     add_policy_flags(parser)
@@ -106,12 +114,12 @@ def sft(args: argparse.Namespace, base: str) -> dict:
     batch, accumulation = trainers.per_process(args.sft_batch_size, 1)
     config = SFTConfig(
         output_dir=str(checkpoints), num_train_epochs=args.sft_epochs, seed=args.seed, max_length=768,
-        learning_rate=args.sft_learning_rate, lr_scheduler_type="cosine", warmup_steps=0.05,
+        learning_rate=args.sft_learning_rate, lr_scheduler_type="cosine", warmup_steps=0.05,  # a share of all steps
         per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, logging_steps=1,
         save_strategy="epoch", save_total_limit=1, report_to=args.report_to, **trainers.trainer_settings(args.bits),
     )  # fmt: skip
     data = Dataset.from_list([row.model_dump(include={"prompt", "completion"}) for row in rows])
-    adapter = lora(args.rank, 2 * args.rank, "CAUSAL_LM")
+    adapter = lora(args.rank, "CAUSAL_LM")
     bar = trainers.progress_callback("SFT", ["loss"], args.run / "metrics_none.jsonl")
     trainer = SFTTrainer(
         model, config, train_dataset=data, processing_class=tokenizer, peft_config=adapter, callbacks=[bar]
@@ -169,7 +177,7 @@ def build_trainer(args: argparse.Namespace, base: str, queries: list[records.Que
     if left_out := len(queries) - len(prompts):
         print(f"04: the prompts of {left_out} queries have over {MAX_PROMPT} tokens and are left out")
 
-    # TRL counts in passes of --micro-batch completions: so many make an update, and so many updates use up a step.
+    # TRL counts in passes of --micro-batch completions: `passes` of them make an update, and `updates` use up a step.
     updates = args.queries_per_step // args.mini_batch
     passes = args.mini_batch * args.samples // args.micro_batch
     micro_batch, accumulation = trainers.per_process(args.micro_batch, passes)
@@ -213,7 +221,7 @@ def checked_trainer_class(max_gap: float) -> type:
                 # An adapter that did not reach the engine, or a base quantised otherwise, shows here.
                 gap = self._metrics["train"][GAP][-1]
                 if not gap <= max_gap:  # nan stops the run too
-                    distance = f"the engine's log-probabilities are {gap:.3f} a token away from the trainer's"
+                    distance = f"the engine's log-probabilities are {gap:.3f} per token away from the trainer's"
                     reason = f"{distance}, more than --max-gap {max_gap:g}: these rollouts are not the policy's"
                     raise run_folder.Stop(f"step {self.state.global_step}: {reason}, and nothing was learnt from them")
             return output
@@ -300,6 +308,8 @@ def main(args: argparse.Namespace) -> int:
     if stage.done and run_folder.read_summary(args.run, summary):
         print(f"04: --reward {args.reward} done already, see {args.run / summary}.json")
         return 0
+    if stage.replaced:  # its cost is of the policy that --redo has moved away
+        open_store(args, f"04_{args.reward}").set_aside()
     if args.reward == "judge" or (args.reward == "rm" and args.watch_every):
         Client.probe(args, f"04_{args.reward}")
     silence_libraries()

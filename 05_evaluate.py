@@ -8,8 +8,9 @@ nothing: text length and character n-grams.
 
 Reads   held-out queries, labelled greetings, references, the policies, rm/ and principles.jsonl of the run, summaries
         of 01 to 04; ablations.jsonl where tools/ablations.py has made it
-Writes  generations.jsonl, scores.jsonl, labelled_scores.jsonl, comparisons.jsonl, curve.jsonl; results.jsonl,
-        report.html, report.md, annotate.html (a page on which people rate), 05_summary.json
+Writes  generations/NAME.jsonl for each policy, generations.jsonl, scores.jsonl, labelled_scores.jsonl,
+        comparisons.jsonl, curve.jsonl; results.jsonl, report.html, report.md, annotate.html (a page on which people
+        rate), 05_summary.json
 Paper   arXiv 2508.21476: language 30, creativity 30, emotion 15, culture 15, richness 10; each 1-3. Departures:
         nothing written for another occasion or person is excellent (prompts/rubric.md);
         intervals by bootstrap over queries; scores at equal length, diversity, null baselines, cost with each score.
@@ -32,7 +33,7 @@ from pathlib import Path
 from common import records, run_folder, stats
 from common.answers import Preferred, Unusable
 from common.client import Client, gather_all
-from common.debate import ROLES, Retrieval, debate
+from common.debate import ROLES, Retrieval, add_agents_verdict
 from common.endpoint import address, endpoint_name
 from common.engine import Writer
 from common.greetings import Policy, client_at, greeting_settings, greetings_of, parse_greeting_args, present_policies
@@ -79,7 +80,10 @@ async def open_clients(
     agents = rubric = Client(args, "05")
     if args.eval_model or args.eval_base_url:
         rubric = client_at(args, "05", args.eval_model or args.model, args.eval_base_url or args.base_url)
-    writers = {policy.name: client_at(args, "05", *policy.api) for policy in policies if policy.api}
+    writers: dict[str, Client] = {}
+    for policy in policies:
+        if policy.api:
+            writers[policy.name] = client_at(args, "05", *policy.api)
     clients = dict.fromkeys([agents, rubric, *writers.values()])  # each once
     for client in clients:
         client.store = agents.store
@@ -109,15 +113,6 @@ async def add_outcome(client: Client, row: dict, one: dict, other: dict, failure
     row["outcome"] = shares[first.better] if row["same"] else 0.5
 
 
-async def add_agents_verdict(client: Client, retrieval: Retrieval, row: dict, failures: Counter) -> None:
-    """Add to a row the verdict `agents`, of the same five agents as in step 1; None where none came."""
-    candidate = records.Candidate(query=row["query"], response=row["response"])
-    judgement = await debate(client, candidate, retrieval(candidate.query, candidate.response))
-    row["agents"] = judgement.label
-    if judgement.error:
-        failures[f"agents: {judgement.error}"] += 1
-
-
 async def with_bar(title: str, work: list[Coroutine]) -> None:
     """Do all of the work at once, with one progress bar."""
     from tqdm import tqdm
@@ -138,6 +133,7 @@ async def score(
     args: argparse.Namespace,
     policies: list[Policy],
     queries: list[records.Query],
+    references: list[records.Reference],
     compared: list[str],
     labelled: list[dict],
 ) -> Counter:
@@ -157,7 +153,7 @@ async def score(
 
         # What is to be scored: greetings, labelled rows (how good is the evaluator?), rollouts (what did GRPO cost?).
         curve = rollouts(args.run, args.seed)
-        retrieval = Retrieval(records.read(args.references, records.Reference))
+        retrieval = Retrieval(references)
         retrieval.look_up(sorted(set(stats.column(greetings + test, "query"))))
         pairs = pairs_of_policies(greetings, compared)
         if args.pairwise:
@@ -191,7 +187,8 @@ async def score(
 
 
 def scores_stage(args: argparse.Namespace, policies: list[Policy]) -> Stage:
-    made_with = run_folder.settings(args, "scores") | {
+    made_with = run_folder.settings(args, "greetings", "scores", "models") | {
+        "queries": run_folder.file_hash(args.queries),
         "labelled": run_folder.file_hash(args.labelled),
         "greetings": {policy.name: run_folder.digest(greeting_settings(args, policy)) for policy in policies},
         "references": run_folder.file_hash(args.references),
@@ -204,10 +201,11 @@ def scores_stage(args: argparse.Namespace, policies: list[Policy]) -> Stage:
 
 
 def pages_stage(args: argparse.Namespace) -> Stage:
-    """The pages are made anew whenever something they show has changed: what they are made from is kept."""
+    """The pages are made again whenever something they show has changed: what they are made from is kept."""
     made_with = run_folder.settings(args, "people")
     made_with["templates"] = run_folder.file_hash(TEMPLATES)
-    made_with["code"] = [run_folder.file_hash(path) for path in (__file__, *sorted(TEMPLATES.parent.glob("*.py")))]
+    code = [Path(__file__), *sorted((ROOT / "common").rglob("*.py"))]
+    made_with["code"] = [run_folder.file_hash(path) for path in code]
     shown = [*Scored.FILES, "ablations.jsonl"]
     for steps in ROUTES.values():
         shown += [f"{step}.json" for step in steps]
@@ -218,6 +216,7 @@ def pages_stage(args: argparse.Namespace) -> Stage:
 def main(args: argparse.Namespace) -> int:
     started = time.time()
     base, queries = policy_path(args), records.read(args.queries, records.Query)
+    references = records.read(args.references, records.Reference)
     run_folder.open_run(args.run)
     policies = present_policies(args, base)
     for file in args.annotations:  # a file that cannot be read shows before the work
@@ -231,7 +230,7 @@ def main(args: argparse.Namespace) -> int:
     scores = scores_stage(args, policies)
     if not scores.done:
         silence_libraries()
-        failures = asyncio.run(score(args, policies, queries, order[: args.pairwise], labelled))
+        failures = asyncio.run(score(args, policies, queries, references, order[: args.pairwise], labelled))
         if not failures:
             scores.finish()
 

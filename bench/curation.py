@@ -1,7 +1,7 @@
 """How close step 1 comes to what the endpoint allows: time, stragglers, throttling, memory, a cached run.
 
 An endpoint on this machine answers every agent after a fixed latency; what is measured is the script. Each figure
-stands beside its bound or its rival, measured in the same run, alternated; medians of --repeats.
+is shown beside its bound or its rival, measured in the same run, alternated; medians of --repeats.
 
     python bench/curation.py            # all of it, some minutes; prints the table of bench/README.md
     python bench/curation.py --only speed stragglers

@@ -3,7 +3,7 @@
     python bench/memory.py                    # a CUDA GPU, no download; about 35 GB of disk for the weights
     python bench/memory.py --layers 2         # a slice of it, to try the bench itself
 
-Steps 2 and 4 run as they are, for a few steps, on texts as long as they may be: peak memory, tokens a second.
+Steps 2 and 4 run as they are, for a few steps, on texts as long as they may be: peak memory, tokens per second.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def main() -> None:
     seen = max(entry.get("num_tokens", 0) for entry in rm["log"]) / log["train_runtime"]
     written, trained = (tokens / tuned["seconds"][phase] for phase in ("generate", "train"))
     print(f"{torch.cuda.get_device_name()}, {args.layers or 'all'} layers, random weights, rollouts by {args.engine}")
-    print("| step | peak, measured | plan | tokens a second |\n|---|---|---|---|")
+    print("| step | peak, measured | plan | tokens per second |\n|---|---|---|---|")
     print(f"| 02, reward model | {rm['peak_gib']:.1f} GiB | - | {seen:.0f} trained |")
     row = f"| 04, GRPO with it | {tuned['peak_gib']:.1f} GiB | {expected:.1f} GiB |"
     print(f"{row} {written:.0f} written, {trained:.0f} trained |")

@@ -34,8 +34,8 @@ GROUPS = [
 ]
 WORTH = 0.01  # standard deviations of the score
 PAID, PAID_RANKS = f"all, were a character worth {WORTH}", f"correlation of ranks, were a character worth {WORTH}"
-TAKEN = "taken off a character, standard deviations"
-SPEED = {"seconds for 1,000 pairs seen": "{:.1f}", "tokens a second": "{:.0f}"}
+TAKEN = "subtracted per character, standard deviations"
+SPEED = {"seconds for 1,000 pairs seen": "{:.1f}", "tokens per second": "{:.0f}"}
 
 
 def train(args: argparse.Namespace, name: str, seed: int, flags: list[str]) -> dict:
@@ -54,7 +54,7 @@ def train(args: argparse.Namespace, name: str, seed: int, flags: list[str]) -> d
 def add_length(summary: dict, folder: Path) -> None:
     """Add how much of `all` is length: the accuracy on the test pairs if each character were worth WORTH more (within
     the lengths of calibration.json), the rank correlation with length that this leaves, and what the calibration has
-    taken off a character."""
+    subtracted per character."""
     calibration = json.loads((folder / "rm/calibration.json").read_text())
     line = calibration["length"]
     rows = [json.loads(row) for row in (folder / "rm_eval.jsonl").open(encoding="utf-8")]
@@ -83,7 +83,7 @@ def figures(summary: dict) -> dict[str, float]:
     for name in (PAID_RANKS, TAKEN):
         values[name] = summary[name]
     values["seconds for 1,000 pairs seen"] = 1000 * runtime / seen
-    values["tokens a second"] = tokens / runtime
+    values["tokens per second"] = tokens / runtime
     return values
 
 
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT / "data/paper", help="what import_paper.py wrote")
     parser.add_argument("--out", type=Path, default=ROOT / "outputs/bench_rm", help="folder of the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--pairs", type=int, help="train on the first so many pairs only")
+    parser.add_argument("--pairs", type=int, help="train on the first this many pairs only")
     parser.add_argument("--epochs", type=float, default=2, help="times over the pairs (%(default)s)")
     parser.add_argument("--each", action="store_true", help="leave out kinds of spoilt texts, one group after another")
     args = parser.parse_args()

@@ -51,7 +51,7 @@ def measure(base: str, rounds: int) -> dict:
         model=base, max_model_len=128, max_num_seqs=4, dtype="bfloat16", gpu_memory_utilization=0.4
     )
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    model = get_peft_model(model.to("cuda" if torch.cuda.is_available() else "cpu"), lora(16, 32, "CAUSAL_LM"))
+    model = get_peft_model(model.to("cuda" if torch.cuda.is_available() else "cpu"), lora(16, "CAUSAL_LM"))
     times: dict[str, list[float]] = {"adapter": [], "everything": []}
     with tempfile.TemporaryDirectory() as scratch:
         for number in range(rounds):
@@ -114,7 +114,7 @@ def main() -> None:
         summary = json.loads(Path(scratch, "04_summary_judge.json").read_text())
     phases = ", ".join(f"{name} {seconds / summary['steps']:.2f}" for name, seconds in summary["seconds"].items())
     written = summary["completions"] // summary["steps"]
-    print(f"\nThe tiny model in 4 bits, {written} completions a step; seconds a step: {phases}; "
+    print(f"\nThe tiny model in 4 bits, {written} completions per step; seconds per step: {phases}; "
           f"gap {summary['logp_gap']['mean']:.4f}, at most {summary['logp_gap']['most']:.4f}")  # fmt: skip
 
 

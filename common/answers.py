@@ -112,7 +112,7 @@ class Text(Answer):
 
 
 def schema_of(answer: type[Answer]) -> type[Answer]:
-    """What the model is asked for: a grade is nothing that it may claim itself."""
+    """What the model is asked for: it must not state the grade, which is read from the logprobs."""
     return Verdict if answer is GradedVerdict else answer
 
 
@@ -140,7 +140,7 @@ def usable_text(completion: dict, answer: type[Answer]) -> str:
     if answer is Text:
         return json.dumps({"text": text}, ensure_ascii=False)
 
-    # An endpoint without schemas lets the model fence its JSON, and talk around it. Of two answers none is taken.
+    # An endpoint without schemas lets the model fence its JSON, and talk around it. If there are two, neither is used.
     fenced = re.findall(r"^```(?:json)?\s*(.*?)\s*```$", text, flags=re.S | re.M)
     if len(fenced) == 1:
         text = fenced[0]

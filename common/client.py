@@ -43,7 +43,7 @@ class Client:
         self.throttle = Throttle(args.concurrency)
         self.openai = None  # made when the first question is not in the store
         self.connecting = asyncio.Lock()
-        self.waiting = asyncio.Lock()  # held by who looks whether the endpoint is back
+        self.waiting = asyncio.Lock()  # held by whoever checks whether the endpoint is back
 
         # By the question's key. A lock goes when nobody asks that question any more.
         self.locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -51,7 +51,7 @@ class Client:
         self.answered: dict[str, tuple[int, int]] = {}  # (input, output) tokens of an answer, also of one in the store
 
         self.reasons_told: set[str] = set()
-        self.stop = ""  # why no further request may leave
+        self.stop = ""  # why no further request may be sent
         self.send_schemas = True  # until the endpoint refuses response_format
 
     async def __aenter__(self):
@@ -142,7 +142,7 @@ class Client:
             request |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
         key = digest(self.endpoint, self.args.seed, sample, request)
 
-        # Of two who ask the same at once, the second finds the answer, or the failure, of the first.
+        # If a question is asked twice at once, the second call waits and gets the first one's answer, or its failure.
         async with self.locks.setdefault(key, asyncio.Lock()):
             stored = self.store.get(key)
             if not stored:
@@ -207,9 +207,9 @@ class Client:
         booked_as, tokens, to_keep = "cancelled", (0, 0), {}
         number = self.store.begin(role)
         try:
-            # openai's own timeout counts anew with each read: an answer that drips slowly would outlast it.
+            # openai's own timeout starts again with each read: an answer that drips slowly would outlast it.
             async with asyncio.timeout(self.args.timeout):
-                # chat.completions.create() checks the schema of every request anew, which takes most of its time.
+                # chat.completions.create() checks the schema of every request again, which takes most of its time.
                 reply = await self.openai.post("/chat/completions", body=request, cast_to=httpx2.Response)
             completion = reply.json()
             usage = completion.get("usage") or {}
@@ -237,7 +237,7 @@ class Client:
             raise Stop(self.stop)
 
     def _stop_run(self, why: str) -> Stop:
-        """The error to raise where the endpoint will answer nobody; no further request leaves."""
+        """The error to raise where the endpoint will answer nobody; no further request is sent."""
         self.stop = f"{self.endpoint} {why}"
         return Stop(self.stop)
 
@@ -252,7 +252,7 @@ class Client:
 async def gather_all(*work: Awaitable) -> list:
     """The results of all; when one fails, the others end before its error is raised.
 
-    After `Stop` they end by themselves: no new request leaves, and what is under way is paid for and worth keeping.
+    After `Stop` they end by themselves: no new request is sent, and what is under way is paid for and worth keeping.
     """
     tasks = [asyncio.ensure_future(one) for one in work]
     try:

@@ -5,6 +5,7 @@ the other four are prompt files: positive.md, negative.md, judge.md, reflect.md.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -82,10 +83,15 @@ def load_embedding(name: str) -> Callable:
 
 def roles_asked(debate: bool = True, reflect: bool = True) -> tuple[str, ...]:
     """The agents that are left where an ablation leaves some out."""
-    return tuple(ROLES[0 if debate else 2 : 4 if reflect else 3])
+    left_out = set()
+    if not debate:
+        left_out |= {"positive", "negative"}
+    if not reflect:
+        left_out.add("reflect")
+    return tuple(role for role in ROLES if role not in left_out)
 
 
-read_prompt_hashes = lru_cache(prompt_hashes)  # read once a process, as the prompts themselves are
+read_prompt_hashes = lru_cache(prompt_hashes)  # read once per process, as the prompts themselves are
 
 
 async def debate(
@@ -114,7 +120,7 @@ async def debate(
 
         answers.append(await client.ask("judge", Verdict, **slots))
         verdict = answers[-1].model_dump()
-        if reflect:  # it audits the verdict with all that Judge saw; what it says stands
+        if reflect:  # it audits the verdict with all that Judge saw; its verdict is final
             answers.append(await client.ask("reflect", Verdict, judge=verdict, **slots))
             record.reflect = answers[-1].model_dump()
         record.judge, record.label = verdict, answers[-1].verdict
@@ -123,3 +129,18 @@ async def debate(
     record.input_tokens = sum(answer.tokens[0] for answer in answers)
     record.output_tokens = sum(answer.tokens[1] for answer in answers)
     return record
+
+
+async def add_agents_verdict(
+    client: Client, retrieval: Retrieval, row: dict, failures: Counter, name: str = "agents", left_out: str = ""
+) -> None:
+    """Add to a row the agents' verdict, in the column `name`; None where none came, the reason counted.
+
+    `left_out` is the part that an ablation leaves out: "retrieval", "debate" or "reflect".
+    """
+    candidate = Candidate(query=row["query"], response=row["response"])
+    examples = [] if left_out == "retrieval" else retrieval(candidate.query, candidate.response)
+    judgement = await debate(client, candidate, examples, debate=left_out != "debate", reflect=left_out != "reflect")
+    row[name] = judgement.label
+    if judgement.error:
+        failures[f"{name}: {judgement.error}"] += 1

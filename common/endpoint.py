@@ -38,7 +38,11 @@ def add_endpoint_flags(parser: argparse.ArgumentParser) -> None:
     pace("--wait", type=float, default=600, help="seconds to wait for an endpoint that went away (%(default)s)")
     pace("--price-in", type=float, default=0.0, help="money for a million input tokens")
     pace("--price-out", type=float, default=0.0, help="money for a million output tokens")
-    pace("--budget", type=float, help="stop once this run folder has cost so much: money if priced, else tokens")
+    pace(
+        "--budget",
+        type=float,
+        help="send nothing more once this run folder has cost this: money if priced, else tokens",
+    )
 
 
 def is_local(args: argparse.Namespace) -> bool:

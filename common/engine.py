@@ -125,7 +125,7 @@ def adapter_sync(base: str, bits: int, rank: int) -> Iterator[None]:
 
     TRL itself merges the adapter into the base and pushes all weights, which loses precision or fails on 4 bits
     (trl#3466, trl#4973, trl#5975), and it has no hook to do otherwise. So while the trainer is built, TRL's two
-    classes for it are exchanged. `trainer.vllm_generation.syncs` then holds (seconds, bytes) of every sync.
+    classes for it are replaced. `trainer.vllm_generation.syncs` then holds (seconds, bytes) of every sync.
     """
     import trl
 

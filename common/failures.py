@@ -21,7 +21,7 @@ class Unusable(Exception):
 
 
 class Action(Enum):
-    """What follows a failed attempt: a description, and how many attempts a question is worth that fails like this."""
+    """What follows a failed attempt: a description, and how many attempts a question that fails this way gets."""
 
     RETRY = "send the same request after a pause", math.inf
     SLOW_DOWN = "the same, and until the pause is over send nothing else either", math.inf

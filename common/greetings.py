@@ -20,7 +20,7 @@ from common.prompts import conversation, prompt_hashes
 REWARDS = {"policy_rm": "reward_model", "policy_judge": "judge"}
 # The policies of a run after the base, in the order of their making: name -> (folder, --reward of step 4).
 OWN = {"sft": ("policy_sft", "none"), "grpo_rm": ("policy_rm", "rm"), "grpo_judge": ("policy_judge", "judge")}
-EMPTY = "（空）"  # stands for a greeting of no characters: a record needs a text
+EMPTY = "（空）"  # in place of a greeting of no characters: a record needs a text
 
 
 class Policy(NamedTuple):
@@ -57,7 +57,7 @@ def parse_greeting_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     who("--policies", type=_named, nargs="*", default=[], metavar="NAME=PATH", help=folders)
     who("--api", type=_named_api, nargs="*", default=[], metavar="NAME=MODEL@URL", help=models)
     how = parser.add_argument_group("greetings").add_argument
-    how("--samples", type=run_folder.positive, default=2, help="greetings a policy and query (%(default)s)")
+    how("--samples", type=run_folder.positive, default=2, help="greetings per policy and query (%(default)s)")
     how("--temperature", type=float, default=1.0, help="%(default)s")
     how("--max-tokens", type=int, default=512, help="of a greeting (%(default)s)")
     add_policy_flags(parser)
@@ -99,14 +99,14 @@ def present_policies(args: argparse.Namespace, base: str) -> list[Policy]:
             policies.append(Policy(name, base, adapter))
         else:
             command = f"python 04_grpo.py --reward {reward} --run {args.run}"
-            print(f"05: no {adapter}; make it with: {command}", file=sys.stderr)
+            print(f"policies: no {adapter}; make it with: {command}", file=sys.stderr)
     for name, path in args.policies:
         is_hub_name = not path.startswith((".", "/", "~"))
         policy = Policy(name, *find_policy(path))
         if is_hub_name or policy.adapter or Path(path, "config.json").is_file():
             policies.append(policy)
         else:
-            print(f"05: {path} holds no model and no adapter: going on without {name}", file=sys.stderr)
+            print(f"policies: {path} holds no model and no adapter: going on without {name}", file=sys.stderr)
     for name, model_and_url in args.api:
         policies.append(Policy(name, api=model_and_url))
     for name, count in Counter(policy.name for policy in policies).items():
@@ -195,7 +195,7 @@ async def greet(
 async def greetings_of(
     args: argparse.Namespace, policy: Policy, queries: list[records.Query], writer: Client | Writer, failures: Counter
 ) -> list[dict]:
-    """A policy's --samples greetings a query, in generations/NAME.jsonl; a killed run goes on where it was."""
+    """A policy's --samples greetings per query, in generations/NAME.jsonl; a killed run goes on where it was."""
     file, made_with = f"generations/{policy.name}.jsonl", greeting_settings(args, policy)
     path = args.run / file
     stage = run_folder.Stage(args.run, f"05_greetings_{policy.name}", [file], made_with, args.redo)

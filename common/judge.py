@@ -1,8 +1,8 @@
 """Whoever judges greetings with one question each: the judge under written principles, and the rubric.
 
-`judge_greeting` is reward B of the paper: a verdict under principles that step 3 refines (prompts/detector.md, for as
-an adversary of the Generator the paper calls it Detector). `grade_greeting` is the rubric's five grades, 1 to 3
-(prompts/rubric.md). Neither is the Judge of step 1's debate: that one is in debate.py.
+`judge_greeting` is reward B of the paper: a verdict under principles that step 3 refines (prompts/detector.md: the
+paper calls this judge the Detector, because the Generator tries to fool it). `grade_greeting` is the rubric's five
+grades, 1 to 3 (prompts/rubric.md). Neither is the Judge of step 1's debate, which is in debate.py (prompts/judge.md).
 """
 
 from collections import Counter
@@ -41,7 +41,7 @@ def current_principles(path: Path) -> list[str]:
 async def judge_greeting(client: Client, query: str, response: str, principles: list[str], again: int = 0) -> Verdict:
     """1 if the response satisfies every principle, else 0, with the reason; asked at temperature 0.
 
-    With --graded the answer is a GradedVerdict: it also has P(verdict = 1). Another `again` asks anew.
+    With --graded the answer is a GradedVerdict: it also has P(verdict = 1). Another `again` asks for a new one.
 
     Raises:
         Unusable: the endpoint gave no usable verdict. That is a failure to record, never a verdict.

@@ -59,7 +59,7 @@ def plan(args: argparse.Namespace, base: str) -> dict[str, float]:
     linear = layers * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * wide)
     embedded = vocabulary * hidden * (1 if config["tie_word_embeddings"] else 2)
     adapter = layers * args.rank * (4 * hidden + 2 * (hidden + kv) + 3 * (hidden + wide))
-    # NF4: half a byte a weight, and a scale of 4 bytes for each 64 of them; embeddings and head stay in bf16.
+    # NF4: half a byte per weight, and a scale of 4 bytes for each 64 of them; embeddings and head stay in bf16.
     weights = 2 * embedded + linear * (0.5 + 4 / 64 if args.bits == 4 else 2)
 
     # One pass of the trainer. Gradient checkpointing keeps the input of each layer, in bf16; one layer at a time is
@@ -135,5 +135,5 @@ def engine_share(args: argparse.Namespace, base: str) -> float:
     import torch
 
     if args.engine != "vllm" or not torch.cuda.is_available():
-        return 0.3  # of nothing
+        return 0.3  # not used: there is no vLLM, or its CPU build, whose cache VLLM_CPU_KVCACHE_SPACE sizes
     return rollouts(plan(args, base)) / (args.gpu_memory or gpu_gib() or CARD)

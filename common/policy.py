@@ -21,12 +21,15 @@ def add_policy_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def policy_path(args: argparse.Namespace) -> str:
-    """Where the base model is: --policy, or with --offline the tiny model, which is trained first if need be."""
+    """Where the base model is: --policy, or with --offline the tiny model, which is trained first if need be.
+
+    --policy is filled in with it, so that naming the default is not another setting.
+    """
     if args.offline and not args.policy:
         from common.offline.tiny_model import tiny_policy
 
-        return str(tiny_policy())
-    path = args.policy or DEFAULT_POLICY
+        args.policy = str(tiny_policy())
+    path = args.policy = args.policy or DEFAULT_POLICY
     if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
         fail(f"--policy {path} is not a folder; name one that save_pretrained wrote, or a model on the hub")
     return path
@@ -92,7 +95,7 @@ def load_base(kind, path: str, bits: int, **options):
     model = from_pretrained(kind, path, dtype=dtype, device_map=device, **options)
     for module in model.modules():
         # On a CPU bitsandbytes repacks the weights, in place, at the first pass in eval mode. A model trained after
-        # that is another one: its log-probabilities are 0.23 a token away.
+        # that is another one: its log-probabilities are off by 0.23 per token.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
@@ -117,11 +120,14 @@ def load_policy(path: str, bits: int, adapter: Path | None = None, trainable: bo
     return model, load_tokenizer(path)
 
 
-def lora(rank: int, alpha: int, task: str, **options):
-    """A LoRA configuration for every linear layer, without dropout (Schulman et al. 2025, "LoRA Without Regret")."""
+def lora(rank: int, task: str, **options):
+    """A LoRA configuration for every linear layer, without dropout (Schulman et al. 2025, "LoRA Without Regret").
+
+    Its alpha is twice the rank.
+    """
     from peft import LoraConfig
 
-    return LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type=task, **options)
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=task, **options)
 
 
 def generate(

@@ -1,6 +1,6 @@
 """Prompt files: prompts/ROLE.md, one for each role, in Chinese, a Jinja template with named slots.
 
-What stands above a line `---` is the system message, the rest the user's. The files may be edited freely: a slot that
+The part above a line `---` is the system message, the rest the user's. The files may be edited freely: a slot that
 is not there to fill in, or a fault in the template, ends the script with one line that names file and slot.
 """
 
@@ -20,7 +20,7 @@ PROMPTS = ROOT / "prompts"
 def _templates(path: Path) -> tuple[list[jinja2.Template], set[str]]:
     """(the templates above and below the `---` of a prompt file, the names of all their slots)."""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    # `tojson` writes < and > as \u003c and \u003e: what is judged cannot close the <data> it stands in.
+    # `tojson` writes < and > as \u003c and \u003e: what is judged cannot close the <data> around it.
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
     if not path.is_file():
         fail(f"{path} does not exist; restore it with: git checkout {path}")
@@ -61,10 +61,10 @@ def prompt_hashes(roles: list[str], folder: Path = PROMPTS) -> dict[str, str]:
 def read_rules(path: Path) -> list[str]:
     """The rules of a list file such as prompts/principles.md: the lines that begin with "- "."""
     if not path.is_file():
-        fail(f"{path} does not exist; write one rule a line, each beginning with '- '")
+        fail(f"{path} does not exist; write one rule per line, each beginning with '- '")
     lines = path.read_text(encoding="utf-8").splitlines()
     rules = [line.strip()[2:].strip() for line in lines if line.strip().startswith("- ")]
-    return rules or fail(f"{path} holds no rule; write one a line, each beginning with '- '")
+    return rules or fail(f"{path} holds no rule; write one per line, each beginning with '- '")
 
 
 def conversation(query: str, prompts: Path) -> list[dict]:

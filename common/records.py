@@ -66,13 +66,13 @@ class Candidate(Record):
 
 
 class Judgement(Candidate):
-    """A candidate with what the agents said of it. `label` is null where they could not be heard: see `error`."""
+    """A candidate with what the agents said of it. `label` is null where one gave no usable answer: see `error`."""
 
     examples: list[str] = []  # ids of the retrieved references
     positive: list[str] = []
     negative: list[str] = []
     judge: dict | None = None  # {reason, verdict}
-    reflect: dict | None = None  # {reason, verdict}; the verdict that stands, where Reflect is asked
+    reflect: dict | None = None  # {reason, verdict}; the final verdict, where Reflect is asked
     label: Literal[0, 1] | None = None
     error: str | None = None
     model: str = ""
@@ -160,7 +160,7 @@ def stream(path: Path | str, kind: type[R], made_by: str = "", unique: bool = Tr
             except UnicodeDecodeError:
                 fail(f"{path}:{number}: not UTF-8; save the file as UTF-8")
             except json.JSONDecodeError as e:
-                fail(f"{path}:{number}: not JSON ({e.msg} at column {e.colno}); mend or delete that line")
+                fail(f"{path}:{number}: not JSON ({e.msg} at column {e.colno}); fix or delete that line")
             except ValidationError as e:
                 first = e.errors(include_url=False, include_input=False)[0]
                 field = ".".join(map(str, first["loc"])) or "record"
@@ -187,7 +187,7 @@ def read_lines(path: Path) -> list[dict]:
 
 
 class Appender:
-    """Appends records to a JSONL file, one flushed line each. Opening mends a torn last line by dropping it.
+    """Appends records to a JSONL file, one flushed line each. Opening drops a torn last line.
 
     `done` holds the ids that are in the file, so that a killed run resumes where it was.
     """
@@ -203,7 +203,7 @@ class Appender:
                 self.done.add(json.loads(line)["id"])
             except (ValueError, KeyError, TypeError):
                 if self.file.peek(1):
-                    fail(f"{path}:{number}: not a record; the file was changed by hand: mend or delete that line")
+                    fail(f"{path}:{number}: not a record; the file was changed by hand: fix or delete that line")
                 break
             good += len(line)
             if not line.endswith(b"\n"):  # whole but for its end

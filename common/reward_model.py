@@ -1,4 +1,4 @@
-"""The reward model: a base with a LoRA adapter and a scalar head, whose scores are freed of length by a calibration."""
+"""The reward model: a base, a LoRA adapter and a scalar head, with a calibration that removes the effect of length."""
 
 import json
 import math
@@ -20,7 +20,7 @@ def fit_calibration(chosen: list[float], rejected: list[float], pairs: list[Pref
     with length among chosen texts that may stay. Chosen texts are all good, so the longer of them are not better.
 
     A least-squares line through the chosen texts gives s = a + b l + e: s the head's output, l the length, e
-    uncorrelated with l. With k l taken off, s - k l = a + (b - k) l + e has with l the correlation
+    uncorrelated with l. With k l subtracted, s - k l = a + (b - k) l + e has with l the correlation
 
         r = (b - k) sd(l) / sqrt((b - k)^2 sd(l)^2 + sd(e)^2)
 
@@ -52,7 +52,7 @@ def fit_calibration(chosen: list[float], rejected: list[float], pairs: list[Pref
 
 
 def apply_calibration(calibration: dict, output: float, length: int) -> float:
-    """A head's output for a response of so many characters, as a score: standard deviations from the mean."""
+    """A head's output for a response of `length` characters, as a score: standard deviations from the mean."""
     line = calibration["length"]
     length = min(max(length, line["shortest"]), line["longest"])
     return (output - line["slope"] * length - calibration["mean"]) / calibration["std"]

@@ -1,7 +1,7 @@
 """The reward of a GRPO step: the reward model's scores (A), or the verdicts of the judge under principles (B).
 
-A completion whose reward could not be had gets None: TRL leaves it out of its group's mean and its advantage is 0, so
-it teaches nothing. It is never a 0, which would teach that the text was bad.
+A completion whose reward could not be computed gets None: TRL leaves it out of its group's mean and its advantage is
+0, so it teaches nothing. It is never a 0, which would teach that the text was bad.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from common.texts import ngrams
 from common.trainers import gather_rows
 
 PAUSES = (5.0, 30.0)  # seconds before a step's failed judgements are asked for again, if they are over a fifth
-# What a policy learns to write once its reward can be had for it: shares of the completions, in every step's metrics.
+# What a policy learns to write if it is rewarded for it: shares of the completions, in every step's metrics.
 GAMING = {
     "written_twice": re.compile(r"(.{6,}?)(\W*\1)+\W*", re.DOTALL),
     "flatters_reviewer": re.compile(".*(评委|评审|打分|满分|高分).*", re.DOTALL),
@@ -101,7 +101,7 @@ class Rewards:
                 await asyncio.sleep(pause)
                 self.client.failed.clear()  # or the client would repeat these failures without asking
         if len(failed) > 0.5 * len(rows):
-            raise Stop(f"{failures}; mend the endpoint and run again: the run resumes at its last checkpoint")
+            raise Stop(f"{failures}; fix the endpoint and run again: the run resumes at its last checkpoint")
         return verdicts
 
     async def verdict(self, query: str, text: str) -> Reward:

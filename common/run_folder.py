@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def fail(message: str) -> NoReturn:
-    """End the program with one line on stderr and exit code 2: for errors that the user can mend."""
+    """End the program with one line on stderr and exit code 2: for errors that the user can fix."""
     tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, also below a progress bar
     raise SystemExit(2)
 
@@ -146,7 +146,7 @@ class Stage:
 
     The settings (seed, flags, models, hashes of prompts and inputs) are written before the work starts. A later call
     with the same settings finds the step `done`, or resumes it; with other settings it stops, unless `redo`: then the
-    old outputs are moved to replaced/, never deleted.
+    old outputs are moved to replaced/, never deleted, and the stage has `replaced` set.
     """
 
     def __init__(self, run: Path, name: str, outputs: list[str], settings: dict, redo: bool = False):
@@ -157,6 +157,7 @@ class Stage:
         present = [output for output in outputs if (run / output).exists()]
         same = bool(old) and old["settings"] == self.settings
         self.done = same and old["done"] and len(present) == len(outputs)
+        self.replaced = bool(old) and not same
         if not main_process():  # the first process looks after the files
             return
         if not old and present:

@@ -1,6 +1,6 @@
 """Texts spoilt on purpose: to train the reward model on, to attack it with, and for the judge's bank of attacks.
 
-Their wordings stand in data/spoilt.json. Attacks and training have no run of four characters in common there: a reward
+Their wordings are in data/spoilt.json. Attacks and training have no run of four characters in common there: a reward
 model that has only learnt wordings by heart fails under attack.
 """
 
@@ -80,7 +80,7 @@ WEIGHTS = {"other_occasion": 8, "other_recipient": 4, "clause_repeated": 4, "cut
 
 
 def derived_pairs(pairs: Pairs, most: int, without: list[str], seed: int, epoch: int = 0) -> Pairs:
-    """Pairs of a chosen text and a spoilt form of it: at most so many for each pair, others in every epoch."""
+    """Pairs of a chosen text and a spoilt form of it: at most `most` for each pair, different ones each epoch."""
     rng, others = random.Random(digest(seed, epoch)), OtherGreetings(pairs)
     kinds = [kind for kind in SPOILERS if kind not in without]
     weights = [WEIGHTS.get(kind, 1) for kind in kinds]
@@ -114,7 +114,7 @@ ATTACKS: dict[str, Spoiler] = {
 
 
 def attacked_texts(pairs: Pairs, most: int, seed: int) -> dict[str, list[tuple[int, str]]]:
-    """{attack: [(place of the pair, its chosen text under this attack)]}, on the same pairs, at most so many."""
+    """{attack: [(place of the pair, its chosen text under this attack)]}, on the same pairs, at most `most`."""
     rng, others = random.Random(seed), OtherGreetings(pairs)
     places = rng.sample(range(len(pairs)), min(len(pairs), most))
     attacked: dict[str, list[tuple[int, str]]] = {name: [] for name in ATTACKS}
@@ -167,11 +167,11 @@ BANK: dict[str, Callable[[str, str], str]] = {
     "for another occasion": lambda good, other: other,
 }
 for kind, template in WORDINGS["bank"].items():
-    BANK[kind] = template.format  # {0} stands for the good greeting
+    BANK[kind] = template.format  # {0} is the good greeting
 
 
 def attack_bank(references: list[Reference], size: int, seed: int, held_out: bool) -> list[dict]:
-    """At most `size` attacks of every kind on references; the held-out bank is made from other references."""
+    """At most `size` attacks in all, the kinds in turn; the held-out bank is made from other references."""
     rng = random.Random(digest(seed, "bank"))
     sample = rng.sample(references, min(2 * size, len(references)))
     half = len(sample) // 2

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 RESAMPLES = 2000  # of the queries, for the interval of a mean or of kappa
 REFITS = 200  # the same for a logistic model, which takes longer
-COMPLETE = 0.8  # share of the rows that must have a score for their mean to stand without a mark
+COMPLETE = 0.8  # share of the rows that must have a score, or their mean is marked incomplete
 
 
 # ---- rates and agreement --------------------------------------------------------------------------------------------
@@ -30,20 +30,22 @@ def agreement(labels: list[int], verdicts: list[int | None], queries: list[str])
     """How well verdicts agree with labels, row by row; rows without a verdict are left out and counted as `failed`.
 
     `kappa` is Cohen's (1960, doi:10.1177/001316446002000104), 0 for a judge that always says the same; its interval
-    comes from resampling `queries` (one string a row). f1, precision and recall are of label 1.
+    comes from resampling `queries` (one string per row). f1, precision and recall are of label 1.
     """
     import pandas as pd
+    from sklearn.metrics import precision_recall_fscore_support
 
     rows = pd.DataFrame({"label": labels, "verdict": verdicts, "query": queries}).dropna(subset="verdict")
     rows = rows.astype({"label": int, "verdict": int})
     label, verdict, n = rows["label"], rows["verdict"], len(rows)
-    good, says_good, both = int(label.sum()), int(verdict.sum()), int((label & verdict).sum())
-    kappa, lo, hi = _kappa(rows) if n else (0.0, 0.0, 0.0)
-    scores = {"kappa": kappa, "kappa_lo": lo, "kappa_hi": hi, "f1": 2 * both / max(1, good + says_good)}
-    scores |= {"precision": both / max(1, says_good), "recall": both / max(1, good)}
+    precision = recall = f1 = kappa = lo = hi = 0.0
+    if n:
+        precision, recall, f1, _ = precision_recall_fscore_support(label, verdict, average="binary", zero_division=0)
+        kappa, lo, hi = _kappa(rows)
+    scores = {"kappa": kappa, "kappa_lo": lo, "kappa_hi": hi, "f1": f1, "precision": precision, "recall": recall}
     return {name: round(float(score), 4) for name, score in scores.items()} | {
         "accuracy": rate(int((label == verdict).sum()), n),
-        "says_good": rate(says_good, n),
+        "says_good": rate(int(verdict.sum()), n),
         "n": n,
         "queries": rows["query"].nunique(),
         "failed": len(labels) - n,
@@ -94,7 +96,7 @@ def query_means(rows, key: str) -> dict[str, float]:
 
 
 def bootstrap(means: Iterable[float]) -> dict:
-    """The mean of one number a query, with its percentile interval: {"value", "lo", "hi", "n"}, None where n is 0."""
+    """The mean of one number per query, with its percentile interval: {"value", "lo", "hi", "n"}, None where n is 0."""
     import numpy as np
 
     numbers = np.array(list(means), dtype=float)
@@ -136,7 +138,7 @@ def paired_difference(after: dict[str, float], before: dict[str, float]) -> dict
 
 
 def excellence_at_equal_length(rows: list[dict], names: list[str]) -> dict[str, dict]:
-    """The excellence rate that each policy would have if all wrote as long as all of them together do.
+    """The excellence rate that each policy would have if each had the pooled length distribution of all policies.
 
     A logistic model of excellence with a term for each policy and one for length, tanh of the standardised number of
     characters, after length-controlled AlpacaEval (Dubois et al. 2024, arXiv 2404.04475). Its term for the difficulty
@@ -211,7 +213,7 @@ def resampled_fits(design, shares, queries):
 
     different, query_of_row = np.unique(queries, return_inverse=True)
     shares = np.array(shares, dtype=float)
-    # scikit-learn wants whole outcomes: every row stands there twice, as a win and as a loss, weighted by its share.
+    # scikit-learn wants whole outcomes: every row appears twice, as a win and as a loss, weighted by its share.
     outcomes = np.repeat([1, 0], len(shares))
     model = LogisticRegression(C=100.0, fit_intercept=False, solver="newton-cholesky")
     fits = []
@@ -253,7 +255,7 @@ def best_threshold(scores: list[float], labels: list[int], thresholds: Iterable[
 
 
 def length_rule(texts: list[str], labels: list[int]) -> int:
-    """A null baseline: the number of characters from which saying "good" is most often right on these texts."""
+    """A null baseline: the number of characters at or above which "good" is most often right on these texts."""
     lengths = [len(text) for text in texts]
     return int(best_threshold(lengths, labels, range(1, max(lengths) + 2)))
 

@@ -6,6 +6,7 @@ the requests without an outcome are booked as `killed`: whether the endpoint bil
 """
 
 import sqlite3
+import time
 from pathlib import Path
 
 TABLES = """
@@ -85,8 +86,13 @@ class Store:
             "outcomes": outcomes,
         }
 
+    def set_aside(self) -> None:
+        """What this step has cost so far was for a result that --redo replaced: it counts for the budget alone."""
+        name = f"{self.step}, replaced {time.time_ns()}"
+        self.db.execute("UPDATE costs SET step=? WHERE step=?", (name, self.step))
+
     def money(self, input_tokens: int, output_tokens: int) -> float:
-        """What so many tokens cost."""
+        """What this many tokens cost."""
         return (input_tokens * self.prices[0] + output_tokens * self.prices[1]) / 1e6
 
 

@@ -7,7 +7,7 @@ import random
 
 from common.records import Preference
 
-NEAR_COSINE = 0.95  # of character 2-3-gram TF-IDF vectors: from here on two texts count as one
+NEAR_COSINE = 0.95  # of character 2-3-gram TF-IDF vectors: at or above this two texts count as one
 
 
 def ngrams(text: str, n: int) -> list[str]:

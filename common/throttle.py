@@ -1,4 +1,4 @@
-"""How many requests may be under way, and when none may leave: one throttle for all that a client asks."""
+"""How many requests may be under way, and when none may be sent: one throttle for everything that a client asks."""
 
 import asyncio
 import sys
@@ -20,14 +20,14 @@ class Throttle:
         self.limit = float(most)  # a fraction of a place counts once it is whole
         self.under_way = 0
         self.waiting: deque[asyncio.Future] = deque()  # first come, first served
-        # By time.monotonic(): when requests may leave again, and when the limit has grown last.
+        # By time.monotonic(): when requests may be sent again, and when the limit last grew.
         self.not_before = 0.0
         self.last_growth = 0.0
 
     async def __aenter__(self) -> None:
         if self.waiting or self.under_way >= int(self.limit):
             self.waiting.append(asyncio.get_running_loop().create_future())
-            await self.waiting[-1]  # who leaves hands the place over, counted as taken
+            await self.waiting[-1]  # whoever finishes passes the place on, already counted
         else:
             self.under_way += 1
         while time.monotonic() < self.not_before:  # a loop: the pause may be prolonged meanwhile
@@ -51,9 +51,9 @@ class Throttle:
             self.last_growth = now
 
     def limited(self, sent: float, wait: float) -> None:
-        """A request that left at `sent` (by time.monotonic()) met a rate limit: hold everything for `wait` seconds.
+        """A request sent at `sent` (by time.monotonic()) met a rate limit: hold everything for `wait` seconds.
 
-        Requests that left before the last pause tell nothing new: they do not halve again.
+        Requests sent before the last pause tell nothing new: they do not halve the limit again.
         """
         now = time.monotonic()
         if sent >= self.not_before:

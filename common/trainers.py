@@ -9,7 +9,10 @@ from common.run_folder import ROOT, fail, main_process, positive, replace_file
 
 
 def add_grpo_flags(parser: argparse.ArgumentParser) -> None:
-    """GRPO's settings, the paper's by default: for step 4, for the checks before it and for the export to verl."""
+    """GRPO's settings, for step 4, the checks before it and the export to verl.
+
+    The defaults are the paper's, or the departures that step 4's docstring names.
+    """
     add = parser.add_argument_group("GRPO").add_argument
     add("--queries", type=Path, default=ROOT / "data/queries.jsonl", help="what the policy writes for")
     add("--rank", type=positive, default=16, help="LoRA rank, also of the SFT (%(default)s)")
@@ -18,7 +21,7 @@ def add_grpo_flags(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, default=-1, help="updates, instead of --epochs")
     add("--queries-per-step", type=positive, default=32, help="written for at once (%(default)s)")
     add("--mini-batch", type=positive, default=16, help="queries in one update (%(default)s)")
-    add("--samples", type=positive, default=4, help="completions a query (%(default)s)")
+    add("--samples", type=positive, default=4, help="completions per query (%(default)s)")
     add("--max-tokens", type=positive, default=512, help="of a completion (%(default)s)")
     add("--temperature", type=float, default=1.0, help="of the rollouts (%(default)s)")
     add("--kl", type=float, default=0.001, help="coefficient of the KL term (%(default)s)")
@@ -40,7 +43,7 @@ def per_process(batch: int, accumulation: int) -> tuple[int, int]:
     if batch % processes == 0:
         return batch // processes, accumulation
     flags = "--batch-size, --accumulation, --sft-batch-size, --mini-batch or --micro-batch"
-    problem = f"{processes} processes cannot share {accumulation} batches of {batch} an update"
+    problem = f"{processes} processes cannot share {accumulation} batches of {batch} per update"
     fail(f"{problem}: make one of the two a multiple of {processes}, with {flags}")
 
 
@@ -96,7 +99,7 @@ def fix_trainer(trainer) -> None:
 
 
 def drop_rows_after(path: Path, last_step: int) -> None:
-    """What was logged after the last checkpoint comes again; a torn last line goes too."""
+    """Drop what was logged after the last checkpoint, because it will be logged again, and a torn last line."""
     if not path.is_file():
         return
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last newline is torn, or empty
@@ -110,7 +113,7 @@ def resume_training(args: argparse.Namespace, trainer, checkpoints: Path) -> Non
     from transformers.trainer_utils import get_last_checkpoint
 
     last = get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None
-    done = int(last.rpartition("-")[2]) if last else -1  # -1: nothing was saved, everything comes again
+    done = int(last.rpartition("-")[2]) if last else -1  # -1: nothing was saved, so all of it is done again
     drop_rows_after(args.run / f"metrics_{args.reward}.jsonl", done)
     drop_rows_after(args.run / f"watch_{args.reward}.jsonl", done)
     drop_rows_after(args.run / f"rollouts_{args.reward}.jsonl", done - 1)  # they carry the step before their update
@@ -120,8 +123,8 @@ def resume_training(args: argparse.Namespace, trainer, checkpoints: Path) -> Non
     trainer.train(resume_from_checkpoint=last)
 
 
-def draw_curves(path: Path, panels: dict[str, dict[str, list[tuple[float, float]]]]) -> None:
-    """An SVG file with a panel for each title, in it a line for each label, through its (step, value) points."""
+def draw_curves(path: Path, panels: dict[str, dict[str, list[tuple[float, float]]]], xlabel: str = "step") -> None:
+    """An SVG file with a panel for each title, in it a line for each label, through its (x, value) points."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.2 * len(panels), 3), layout="constrained")
@@ -130,7 +133,7 @@ def draw_curves(path: Path, panels: dict[str, dict[str, list[tuple[float, float]
         for label, points in lines.items():
             if points:
                 axis.plot(*zip(*points, strict=True), label=label)
-        axis.set(xlabel="step", title=title)
+        axis.set(xlabel=xlabel, title=title)
         if axis.lines:
             axis.legend(frameon=False, fontsize=8)
     figure.savefig(path, metadata={"Date": None})

@@ -44,7 +44,7 @@ class Watch:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({**row, "grades": grades}) + "\n")
         if row["hack"]:
-            fall, high, low = (-x for x in row["difference"])
+            fall, high, low = (-x for x in row["difference"])  # negated, so low and high swap
             below = f"{fall:.2f} [{low:.2f}, {high:.2f}] below step {row['against']}'s"
             message = f"the reward has risen, but the rubric's mean grade is {below}: the policy games its reward"
             tqdm.write(f"step {step}: {message}; its best is in policy_{self.args.reward}_best", file=sys.stderr)

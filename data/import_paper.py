@@ -7,7 +7,7 @@ beside this one:
 
 writes preferences.train.jsonl, preferences.test.jsonl, sft.jsonl, queries.jsonl, queries_heldout.jsonl,
 queries_all.jsonl, labelled.jsonl and audit.json: how far text length and character n-grams alone decide the labels,
-duplicates, and the rows of one set that stand in another. --clean drops every labelled row whose text is in a training
+duplicates, and the rows of one set that occur in another. --clean drops every labelled row whose text is in a training
 set.
 """
 
@@ -88,7 +88,7 @@ def read_release(folder: Path) -> Release:
 
 
 def grpo_queries(folder: Path, name: str) -> list[str]:
-    """The queries of a parquet file of RL prompts, without the sentence that stands before each."""
+    """The queries of a parquet file of RL prompts, without the sentence before each."""
     import pyarrow.parquet
 
     table = pyarrow.parquet.read_table(require(folder, f"grpo_data/{name}"), columns=["prompt"])
@@ -106,7 +106,7 @@ def share(flags: Iterable[bool]) -> dict:
 
 
 def length_accuracy(labelled: list[Labelled]) -> tuple[int, dict]:
-    """The number of characters from which "good" is most often right, and how often it is."""
+    """The number of characters at or above which "good" is most often right, and how often it is."""
     least = length_rule([row.response for row in labelled], [row.label for row in labelled])
     return least, share((len(row.response) >= least) == row.label for row in labelled)
 

@@ -30,7 +30,7 @@ HOSTILE = [  # texts that want to be more than what is judged
 
 @dataclass
 class Reply:
-    """What is sent back; with `drop` the endpoint hangs up after so many bytes of the body, or without a word (0).
+    """What is sent back; with `drop` the endpoint hangs up after that many bytes of the body, or without a word (0).
 
     `drip` is the pause before each byte, in seconds.
     """

@@ -1,4 +1,4 @@
-"""What tests/test_engine.py runs in processes of their own: step 4 with a part of it exchanged, and LoRA modules alone.
+"""What tests/test_engine.py runs in processes of their own: step 4 with a part of it replaced, and LoRA modules alone.
 
 python tests/engine.py as_is FLAGS OF 04_grpo.py    (or original_base, never_sent, sent_once)
 python tests/engine.py modules                      prints {module: [gap, gap to the unperturbed policy]} as JSON
@@ -34,7 +34,7 @@ def quantised_hash(model) -> str:
     return total.hexdigest()
 
 
-def step_4(exchanged: str) -> int:
+def step_4(replaced: str) -> int:
     """Run 04_grpo.py with the flags that follow; prints whether the quantised base is the same after it."""
     grpo = importlib.import_module("04_grpo")
     load_as_is, class_as_is, loaded = grpo.load_policy, rooms.engine_class, []
@@ -49,16 +49,16 @@ def step_4(exchanged: str) -> int:
         use = kind.use
 
         def use_less(self, folder: Path) -> None:
-            if exchanged == "sent_once" and not self.swaps:
+            if replaced == "sent_once" and not self.swaps:
                 use(self, folder)
             self.swaps += 1
 
-        if exchanged in ("never_sent", "sent_once"):
+        if replaced in ("never_sent", "sent_once"):
             kind.use = use_less
         return kind
 
     grpo.load_policy, rooms.engine_class = loading, engine
-    if exchanged == "original_base":
+    if replaced == "original_base":
         rooms.rollout_base = lambda base, bits: base
     code = grpo.run_folder.launch(grpo.main, grpo.parse_args())
     print(json.dumps({"base_unchanged": all(quantised_hash(model) == before for model, before in loaded)}))
@@ -77,7 +77,7 @@ def modules() -> None:
         model=base, max_model_len=160, max_num_seqs=16, logprobs_mode="processed_logprobs", seed=0
     )
     model, tokenizer = load_policy(base, 4)
-    model = get_peft_model(model, lora(16, 32, "CAUSAL_LM"))
+    model = get_peft_model(model, lora(16, "CAUSAL_LM"))
     asked = [conversation(query, PROMPTS) for query in QUERIES]
     asked = [tokenizer.apply_chat_template(c, add_generation_prompt=True, tokenize=True)["input_ids"] for c in asked]
     sampling = SamplingParams(temperature=1.0, max_tokens=24, logprobs=0, seed=0)
@@ -127,7 +127,7 @@ def writer() -> None:
     write = Writer(argparse.Namespace(engine="vllm", bits=4, max_tokens=24, seed=0))
     asked = [conversation(query, PROMPTS) for query in QUERIES]
     with tempfile.TemporaryDirectory() as scratch:
-        model = get_peft_model(load_policy(base, 4)[0], lora(16, 32, "CAUSAL_LM"))
+        model = get_peft_model(load_policy(base, 4)[0], lora(16, "CAUSAL_LM"))
         for name, part in model.named_parameters():
             if "lora_B" in name:
                 part.data = torch.randn(part.shape, generator=torch.Generator().manual_seed(0)) * 0.3

@@ -1,15 +1,10 @@
 """The checks before the paper run: each failure names its remedy, nothing is started; and run.sh, which obeys them."""
 
-import json
-import os
-import shutil
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import run_script
 from endpoint import endpoint, raw, status
 
 from common.memory import gpu_gib
@@ -84,6 +79,12 @@ def test_the_port_of_the_judges_server_has_to_be_free() -> None:
     assert found["endpoint"][0] == "FAILS" and "port 8000 is taken" in found["endpoint"][1]
 
 
+def test_a_server_named_by_the_default_address_is_asked() -> None:
+    """tools/with_judge.sh advises it where its port is taken."""
+    _, found, _ = check("--base-url", "http://127.0.0.1:8000/v1", "--policy", tiny_policy())
+    assert "port 8000" not in found["endpoint"][1]  # it was asked, whatever it answered
+
+
 def test_what_does_not_fit_on_the_gpu_is_told_and_how_it_would() -> None:
     _, found, _ = check("--gpu-memory", 60)
     assert found["GPU memory"][0] == "FAILS" and "with --sleep it does" in found["GPU memory"][1]
@@ -99,42 +100,3 @@ def test_money_follows_from_the_counts() -> None:
     assert money == pytest.approx(calls * (700 + 2 * 160) / 1e6, rel=0.01)
     less = last("--epochs", 1)  # GRPO's flags are step 4's
     assert less[0] < calls - 5000 and less[3] == 0
-
-
-@pytest.fixture
-def shell(tmp_path: Path) -> Path:
-    """run.sh beside a Python that notes what it is asked to run; check.py fails as the variable CHECK says."""
-    shutil.copy(ROOT / "run.sh", tmp_path)
-    for path in ROOT.glob("requirements*.txt"):
-        shutil.copy(path, tmp_path)
-    folder = tmp_path / ".venv/bin"
-    folder.mkdir(parents=True)
-    note = f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps(sys.argv[1:]), file=open('asked', 'a'))\n"
-    code = "sys.exit(int(os.environ['CHECK']) if sys.argv[1] == 'tools/check.py' else 0)\n"
-    (folder / "python").write_text(note + code)
-    (folder / "pip").write_text("#!/bin/sh\n")
-    for file in folder.iterdir():
-        file.chmod(0o755)
-    return tmp_path
-
-
-def asked(shell: Path, code: int, *flags: str) -> list[list[str]]:
-    done = subprocess.run(
-        ["bash", "run.sh", *flags], cwd=shell, capture_output=True, text=True, env=os.environ | {"CHECK": str(code)}
-    )
-    assert done.returncode == code, done.stderr
-    return [json.loads(line) for line in (shell / "asked").read_text().splitlines()]
-
-
-def test_the_paper_run_is_checked_before_its_first_step(shell: Path) -> None:
-    assert asked(shell, 2, "--paper", "--run", "x") == [["tools/check.py", "--run", "x"]]
-
-
-def test_the_paper_run_gives_every_step_the_same_flags(shell: Path) -> None:
-    first, *steps = asked(shell, 0, "--paper", "--base-url", "https://judge.example/v1")
-    assert first == ["tools/check.py", "--base-url", "https://judge.example/v1"] and len(steps) == 7
-    assert all(step[-2:] == ["--base-url", "https://judge.example/v1"] and "--offline" not in step for step in steps)
-
-
-def test_checks_alone_run_no_step(shell: Path) -> None:
-    assert asked(shell, 0, "--check") == [["tools/check.py"]]

@@ -176,7 +176,7 @@ def test_several_policies_and_temperatures(tmp_path: Path) -> None:
     from peft import get_peft_model
 
     base = str(tiny_policy())
-    get_peft_model(load_policy(base, 16)[0], lora(4, 8, "CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
+    get_peft_model(load_policy(base, 16)[0], lora(4, "CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
     rows = (ROOT / "data/queries_heldout.jsonl").read_text(encoding="utf-8").splitlines()[:8]
     (tmp_path / "queries.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     flags = ["--offline", "--queries", tmp_path / "queries.jsonl", "--samples", 1, "--temperature", 0.5, 1.0]

@@ -21,7 +21,7 @@ PATH = re.compile(r"\b(?:(?:tools|bench|tests|common|data)/[\w/]+\.(?:py|sh)|pro
 
 
 def blocks(text: str, language: str) -> list[str]:
-    """What stands in the fenced code blocks of this language."""
+    """The text of the fenced code blocks of this language."""
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
 
 
@@ -37,7 +37,7 @@ def shell_commands(text: str) -> list[str]:
 
 
 def code_spans(text: str) -> list[str]:
-    """What stands between single backticks, outside of the fenced blocks."""
+    """The text between single backticks, outside of the fenced blocks."""
     outside = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
     return re.findall(r"`([^`\n]+)`", outside)
 

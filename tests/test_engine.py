@@ -17,10 +17,10 @@ GAP = "sampling/sampling_logp_difference/mean"
 SMALL = ["--queries-per-step", 8, "--mini-batch", 8, "--samples", 4, "--micro-batch", 32, "--max-tokens", 24]
 
 
-def command(folder: Path, exchanged: str, bits: int, *more: object) -> list[str]:
+def command(folder: Path, replaced: str, bits: int, *more: object) -> list[str]:
     flags = ["--offline", "--reward", "judge", "--engine", "vllm", "--watch-every", 2, "--watch-queries", 8]
     flags += ["--bits", bits, "--run", folder, *SMALL, *more]
-    return [sys.executable, "tests/engine.py", exchanged, *map(str, flags)]
+    return [sys.executable, "tests/engine.py", replaced, *map(str, flags)]
 
 
 def step_4(*args: object) -> subprocess.CompletedProcess:

@@ -83,7 +83,7 @@ def test_bad_flags_end_in_one_line(tmp_path: Path, monkeypatch, capsys, flags: l
     assert stopped.value.code == 2 and len(errors) == 1 and told in errors[0], errors
 
 
-def test_an_endpoint_that_fails_is_counted_and_asked_again_without_writing_anew(tmp_path: Path) -> None:
+def test_an_endpoint_that_fails_is_counted_and_asked_again_without_writing_again(tmp_path: Path) -> None:
     queries = tmp_path / "queries.jsonl"
     write(queries, lines(ROOT / "data/queries_heldout.jsonl")[:6])
     rows = lines(ROOT / "data/labelled.jsonl")[:240]
@@ -197,7 +197,7 @@ def test_ablations_leave_each_part_out_and_compare_on_the_same_rows(tmp_path: Pa
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(ablations.run_folder, "open_run", lambda run: run)  # or this process could not call it twice
-    monkeypatch.setattr(ablations, "debate", pretend_debate)
+    monkeypatch.setattr("common.debate.debate", pretend_debate)
     monkeypatch.setattr(ablations.subprocess, "run", pretend_step_3)
     assert ablations.main(ablation_args("--rows", 200)) == 0
     figures = {row["ablation"]: row for row in lines(tmp_path / "ablations.jsonl")}

@@ -86,7 +86,7 @@ def test_four_bits_on_a_cpu_write_and_learn(base: str, queries: list[str], tmp_p
     )  # fmt: skip
     trainer = SFTTrainer(
         model=model, args=config, processing_class=tokenizer, train_dataset=Dataset.from_list(rows),
-        peft_config=lora(16, 32, "CAUSAL_LM"),
+        peft_config=lora(16, "CAUSAL_LM"),
     )  # fmt: skip
     trainer.train()
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]

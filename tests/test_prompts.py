@@ -10,7 +10,7 @@ SEEN = {"query": "祝福妈妈 母亲节", "response": "妈妈，愿你“平安
 EXAMPLES = {"examples": [{"query": "教师节", "response": "老师，节日快乐。"}]}
 DEBATE = SEEN | EXAMPLES | {"positive": ["真诚"], "negative": ["套话 <b>"]}
 VERDICT = {"reason": "有套话", "verdict": 0}
-ROLES = {  # role: (the slots that stand in its <data>, the schema of its answer)
+ROLES = {  # role: (the slots in its <data>, the schema of its answer)
     "positive": (SEEN | EXAMPLES, Points), "negative": (SEEN | EXAMPLES, Points),
     "judge": (DEBATE, Verdict), "reflect": (DEBATE | {"judge": VERDICT}, Verdict),
     "detector": (SEEN, Verdict), "reflector": (SEEN | VERDICT | {"expected": 1}, Lesson),
@@ -18,7 +18,7 @@ ROLES = {  # role: (the slots that stand in its <data>, the schema of its answer
     "optimiser": ({"kind": "准则", "rules": ["通顺"], "feedback": ["补上：套话"]}, Rules),
     "rubric": (SEEN, Grades), "pairwise": ({"query": "教师节", "A": "老师好。", "B": "桃李满园。"}, Preferred),
 }  # fmt: skip  # fmt: skip
-LISTED = {"principles": ["语言通顺", "情感真挚"]}  # stands above the data, in two roles
+LISTED = {"principles": ["语言通顺", "情感真挚"]}  # above the data, in two roles
 SLOTS = {
     role: data | (LISTED if role in ("detector", "reflector") else {}) for role, (data, _) in ROLES.items()
 }  # in two roles, above the data

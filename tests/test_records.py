@@ -54,7 +54,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     [
         (None, ["q.jsonl does not exist", "python make.py"]),
         (b"", ["q.jsonl is empty", "python make.py"]),
-        (SIX + b"{oops}\n", ["q.jsonl:7:", "not JSON", "mend or delete"]),
+        (SIX + b"{oops}\n", ["q.jsonl:7:", "not JSON", "fix or delete"]),
         (b'{"query": "a"}\n{"text": "b"}\n', ["q.jsonl:2:", "query: Field required", "needs query"]),
         (b'{"query": " "}\n', ["q.jsonl:1:", "query: ", "needs query"]),
         (b'["query"]\n', ["q.jsonl:1:", "needs query"]),
@@ -115,7 +115,7 @@ def test_a_broken_middle_line_is_named_and_nothing_changed(tmp_path: Path, refus
     lines = [r.model_dump_json().encode() for r in GREETINGS]
     path.write_bytes(before := b"\n".join([lines[0], broken, *lines[1:], b""]))
     line = refusal(lambda: Appender(path))
-    assert f"{path}:2:" in line and "mend or delete" in line
+    assert f"{path}:2:" in line and "fix or delete" in line
     assert path.read_bytes() == before
 
 

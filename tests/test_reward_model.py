@@ -67,7 +67,7 @@ def test_every_kind_of_spoilt_text_is_worse_in_words_that_training_does_not_see(
         seen = {SPOILERS[name](p.texts[1], rng, "别人的祝福。").strip() for p in pairs for _ in range(5)}
         texts = {p.texts[1] for p in pairs}
         assert not seen & texts or name in ("clauses_shuffled", "characters_shuffled"), name
-        # Other greetings cannot be worded anew, and of few clauses any order may come up.
+        # Other greetings cannot be worded in another way, and of few clauses any order may come up.
         if name not in ("other_occasion", "other_recipient", "clauses_shuffled"):
             attacks = {ATTACKS[name](p.texts[1], rng, "别人的祝福。").strip() for p in pairs} - texts
             assert len(attacks & seen) <= 0.05 * len(attacks), name

@@ -147,7 +147,7 @@ def test_a_difference_is_paired_and_called_noise_where_it_is() -> None:
 
 
 def greetings_of_length(typical: dict[str, int], chance) -> list[dict]:
-    """Two greetings a query of each policy, excellent with chance(policy, length)."""
+    """Two greetings per query of each policy, excellent with chance(policy, length)."""
     rng, rows = random.Random(0), []
     for name, usual in typical.items():
         for n in range(300):

@@ -30,7 +30,7 @@ def test_the_same_question_asked_twice_at_once_sends_one_request(server: Served,
 
 
 @pytest.mark.parametrize("name", ["temperature", "sample", "response", "model", "seed", "prompts", "base_url"])
-def test_a_changed_question_is_asked_anew(server: Served, tmp_path: Path, name: str) -> None:
+def test_a_changed_question_is_asked_again(server: Served, tmp_path: Path, name: str) -> None:
     (tmp_path / "detector.md").write_text("{{ principles }} {{ query }} {{ response }}")
     question = {"temperature": 0.7, "sample": 1, "response": "别的"}
     changed = {"model": "n", "seed": 5, "prompts": tmp_path, "base_url": server.url.replace("127.0.0.1", "localhost")}
@@ -80,3 +80,13 @@ def test_an_answer_without_full_usage_is_taken(server: Served, tmp_path: Path, u
     server.replies[:] = [raw(json.loads(GOOD.body) | {"usage": usage})]
     assert ask(server.url, tmp_path)[0].verdict == 1
     assert ledger(tmp_path)["output_tokens"] == 0
+
+
+def test_what_redo_replaced_counts_for_the_budget_alone(tmp_path: Path) -> None:
+    store = Store(tmp_path / "answers.sqlite", "04_judge")
+    for tokens in (5, 3):
+        store.end(store.begin("detector"), "detector", "ok", (tokens, 1))
+        store.set_aside()
+    store.end(store.begin("detector"), "detector", "ok", (2, 1))
+    assert store.ledger()["calls"] == 1 and store.ledger()["input_tokens"] == 2
+    assert Store(tmp_path / "answers.sqlite", "04_judge").tokens == [10, 3]

@@ -64,8 +64,13 @@ class Wrapper:
         usual = {"PORT": self.port, "JUDGE_LOG": self.log, "PYTHON": sys.executable}
         usual |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         words = [str(word).replace("PORT", str(self.port)) for word in command]
-        # A background job of a script ignores SIGINT, and so would everything that pytest starts there.
-        disposition = signal.SIG_IGN if signals == "ignored" else signal.SIG_DFL
+        interrupt = signal.SIG_IGN if signals == "ignored" else signal.SIG_DFL
+
+        def set_signals() -> None:
+            """A background job of a script ignores SIGINT, one of nohup SIGHUP; what pytest starts there would too."""
+            signal.signal(signal.SIGINT, interrupt)
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
         self.process = subprocess.Popen(
             ["bash", "tools/with_judge.sh", str(model), *words],
             cwd=ROOT,
@@ -73,7 +78,7 @@ class Wrapper:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, disposition),
+            preexec_fn=set_signals,
         )
 
     def servers(self) -> list[dict]:

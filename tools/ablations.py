@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import records, run_folder, stats
 from common.client import Client, gather_all
-from common.debate import Retrieval, debate
+from common.debate import Retrieval, add_agents_verdict
 from common.endpoint import add_endpoint_flags, endpoint_name
 from common.judge import add_verdict, current_principles
 from common.run_folder import ROOT, Stage
@@ -68,18 +68,7 @@ async def add_agents_verdicts(args: argparse.Namespace, rows: list[dict], failur
     async with Client(args, "ablations") as client:
         for part, name in AGENTS.items():
             print(f"ablations: {name}", file=sys.stderr)
-            await gather_all(*(add_agents_verdict(client, retrieval, row, part, name, failures) for row in rows))
-
-
-async def add_agents_verdict(
-    client: Client, retrieval: Retrieval, row: dict, part: str, name: str, failures: Counter
-) -> None:
-    candidate = records.Candidate(query=row["query"], response=row["response"])
-    examples = [] if part == "retrieval" else retrieval(candidate.query, candidate.response)
-    judgement = await debate(client, candidate, examples, debate=part != "debate", reflect=part != "reflect")
-    row[name] = judgement.label
-    if judgement.error:
-        failures[f"{name}: {judgement.error}"] += 1
+            await gather_all(*(add_agents_verdict(client, retrieval, row, failures, name, part) for row in rows))
 
 
 # ---- principles -----------------------------------------------------------------------------------------------------
@@ -95,7 +84,7 @@ def refine(args: argparse.Namespace, folder: Path, part: str) -> list[str]:
     if args.offline:
         command.append("--offline")
     code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
-    if code not in (0, 3):  # 3: done, but some answers failed
+    if code:
         run_folder.fail(f"03_refine_judge.py did not finish, see above; it was: {' '.join(command)}")
     return current_principles(folder / "principles.jsonl")
 
@@ -156,6 +145,7 @@ def ablation_rows(names: list[str], rows: list[dict]) -> list[dict]:
 
 
 def main(args: argparse.Namespace) -> int:
+    labelled = sample(args)
     run_folder.open_run(args.run)
     made_with = run_folder.settings(args, "ablations")
     made_with |= {"endpoint": endpoint_name(args), "prompts": run_folder.file_hash(args.prompts)}
@@ -163,8 +153,8 @@ def main(args: argparse.Namespace) -> int:
     if stage.done:
         print(f"ablations: done already, see {args.run / 'ablations.jsonl'}")
         return 0
-    labelled, folder = sample(args), args.run / "ablations"
-    records.write(folder / "labelled.jsonl", labelled)  # which step 3 splits as `test` is split here
+    folder = args.run / "ablations"
+    records.write(folder / "labelled.jsonl", labelled)  # step 3 splits this file as `test_ids` splits it below
     rows = [row.model_dump() for row in labelled]
     test_ids = {row.id for row in records.split_labelled(labelled, args.seed)["test"]}
     test = [row for row in rows if row["id"] in test_ids]

@@ -1,4 +1,6 @@
-"""Ask every policy of a run for greetings, and print their answers side by side; nothing is written.
+"""Ask every policy of a run for greetings, and print their answers side by side.
+
+No result of the run changes; only answers from an endpoint (--api) are stored, in answers.sqlite.
 
 Example python tools/ask.py 给班主任的教师节祝福 --offline --run outputs/mine
 """

@@ -25,14 +25,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common import memory, records, run_folder
 from common.endpoint import OWN_SERVER, add_endpoint_flags
 from common.policy import DEFAULT_POLICY, add_policy_flags
+from common.report.cost import DRAWN, POINTS, ROUTES
 from common.run_folder import ROOT
 from common.trainers import add_grpo_flags
 
 SIZES = {DEFAULT_POLICY: 14.2, "Qwen/Qwen2.5-32B-Instruct-AWQ": 18.1}  # GiB of the default models' weights
 OTHER_DISK = 8.0  # GiB for adapters, checkpoints, records and answers; an estimate
-VERSIONS = 4  # of the principles that step 3 judges the validation part under, old and new; an estimate
-CALL_TOKENS = (700, 160)  # tokens in and out of an agent's call; a guess, as are
-GREETING_TOKENS = 110  # those of a greeting, and the speeds
+VERSIONS = 4  # versions of the principles under which step 3 judges the validation part; an estimate
+CALL_TOKENS = (700, 160)  # input and output tokens of an agent's call; a guess
+GREETING_TOKENS = 110  # output tokens of a greeting; a guess
+SAMPLES, COMPARED = 2, 200  # step 5's defaults of --samples and --pairwise
 
 
 def parse_args() -> argparse.Namespace:
@@ -41,18 +43,20 @@ def parse_args() -> argparse.Namespace:
     positive, data = run_folder.positive, ROOT / "data"
     add("--heldout", type=Path, default=data / "queries_heldout.jsonl", help="queries of step 5 (%(default)s)")
     add("--labelled", type=Path, default=data / "labelled.jsonl", help="of steps 3 and 5 (%(default)s)")
-    add("--judge-speed", type=positive, default=800, help="tokens a second that the agents' model writes (%(default)s)")
-    add("--write-speed", type=positive, default=2000, help="and the policy, in steps 1, 4 and 5 (%(default)s)")
-    add("--train-speed", type=positive, default=1500, help="tokens a second in training (%(default)s)")
+    add("--judge-speed", type=positive, default=800, help="tokens per second of the agents' model (%(default)s)")
+    add("--write-speed", type=positive, default=2000, help="the same of the policy, in steps 1, 4 and 5 (%(default)s)")
+    add("--train-speed", type=positive, default=1500, help="tokens per second in training (%(default)s)")
     add_grpo_flags(parser)
     add_policy_flags(parser)
     memory.add_memory_flags(parser)
     add_endpoint_flags(parser)
     run_folder.add_run_flags(parser)
+    parser.set_defaults(base_url=None)
     args = run_folder.parse(parser, {})
     args.policy = args.policy or DEFAULT_POLICY
     # Without --base-url, tools/with_judge.sh will start the judge on this machine.
-    args.own_server = args.base_url == OWN_SERVER
+    args.own_server = args.base_url is None
+    args.base_url = args.base_url or OWN_SERVER
     args.models = [args.policy, args.model] if args.own_server else [args.policy]
     return args
 
@@ -171,13 +175,17 @@ def estimate(args: argparse.Namespace) -> list[tuple[str, int, int, int]]:
     labelled = len(records.read(args.labelled, records.Labelled))
     candidates = 4 * queries
     length = GREETING_TOKENS + 40  # with its prompt
-    pair_texts = 2 * candidates // 2 * 4  # two texts a pair, three spoilt pairs beside each
+    pair_texts = 2 * 5 * candidates // 2  # two texts per pair; an epoch shows it twice, and three spoilt ones beside it
     judged = int(0.6 * labelled + 78) * VERSIONS + 2 * int(0.3 * labelled + 78)
     steps = int(args.epochs * (queries // args.queries_per_step))
     rollouts = steps * args.queries_per_step * args.samples
     watched = 64 * (1 + steps // 20)
-    generated = 4 * heldout  # four policies
-    debated = generated + int(0.3 * labelled)
+    # Step 5: four policies write; rubric, judge and agents look at that and at labelled rows, the seed judge at these.
+    test = int(0.3 * labelled)
+    generated = 4 * SAMPLES * heldout
+    curve = len(ROUTES) * POINTS * DRAWN  # rollouts, which the rubric grades for the curve of cost
+    pairs = 6 * COMPARED + test // 2  # of policies, of labelled greetings; each is shown in both orders
+    evaluated = (generated + test + curve) + (generated + 2 * test) + 4 * (generated + test) + 2 * pairs
     return [
         ("01", 4 * candidates, candidates, 0),  # for, against, judge, reflect
         ("02", 0, 0, 5 * pair_texts * length),
@@ -185,7 +193,7 @@ def estimate(args: argparse.Namespace) -> list[tuple[str, int, int, int]]:
         ("04 none", 0, 0, 3 * queries * length),
         ("04 rm", watched, rollouts + watched, 2 * rollouts * length),  # also through the reference
         ("04 judge", rollouts + watched, rollouts + watched, 2 * rollouts * length),
-        ("05", 3 * (generated + labelled) + 4 * debated, generated, 0),
+        ("05", evaluated, generated, 0),
     ]
 
 

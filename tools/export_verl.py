@@ -44,7 +44,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def write_prompts(args: argparse.Namespace, split: str, queries: Path) -> None:
-    """SPLIT.parquet: a prompt a query, which is also the "ground truth" that verl hands to the reward function."""
+    """SPLIT.parquet: a prompt per query, which is also the "ground truth" that verl hands to the reward function."""
     from datasets import Dataset, Features, List, Value
 
     text = Value("string")

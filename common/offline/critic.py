@@ -139,7 +139,7 @@ def flaws_of_strategy(text: str) -> list[str]:
 
 
 def generator(rules: list[str], data: dict) -> dict:
-    """Writes the flaw that the strategy speaks of into an example; one that it does not understand gives a cut one."""
+    """Writes the flaw that the strategy names into an example; if it knows none in it, it cuts the example short."""
     rng = random.Random(digest(rules, data))
     example = "愿你今天一切都好，灯下有书，碗里有汤。"
     if data["examples"]:
@@ -160,7 +160,7 @@ def reflector(rules: list[str], data: dict) -> dict:
         worst = max(missing, key=lambda name: (sureness[name], name))
         return {"lesson": "补上：" + FLAWS[worst].rule}
     too_strict = _clear_flaws(known, data)
-    if "short" in too_strict:  # whoever writes such a rule means something else
+    if "short" in too_strict:  # a rule against short greetings is meant against empty ones
         return {"lesson": f"过严，删去：{FLAWS['short'].rule}。补上：{FLAWS['empty'].rule}"}
     return {"lesson": "过严，删去：" + FLAWS[too_strict[0]].rule if too_strict else "准则不变"}
 

@@ -18,7 +18,7 @@ ODD, BROKEN = 5.2, 6.8
 # Nats that a clause may gain by being read from its end: 0.7% of greetings that the critic does not know have one
 # that gains more, and 92% of the same with one clause reversed.
 BACKWARDS = 3.0
-RECITED = 0.6  # share of known triples from which a text recites the references; 1% of other good greetings do
+RECITED = 0.6  # share of known triples at or above which a text recites the references; 1% of other good greetings do
 
 
 def clause_ngrams(text: str, n: int) -> list[str]:
@@ -85,8 +85,8 @@ def character_model() -> CharacterModel:
 class OccasionModel:
     """Naive Bayes on characters and pairs of neighbours: what a greeting without a sign of the occasion is most like.
 
-    Of those that it does not know, 96% seem more like another occasion where one was asked for, and 68% where none was:
-    a weak measure, but without it all of either kind would be wrong.
+    A weak measure: of held-out greetings without a sign of the occasion asked for, it finds 96% more like another one's
+    if they were written for another, but also 68% if they were not. Without it, all of them would count as misplaced.
     """
 
     def __init__(self, references: list[Reference]):

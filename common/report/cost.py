@@ -13,7 +13,7 @@ ROUTES = {
     "A": ["01_summary", "04_summary_none", "02_summary", "04_summary_rm"],
     "B": ["01_summary", "04_summary_none", "03_summary", "04_summary_judge"],
 }
-REWARD = {"A": "rm", "B": "judge"}  # as step 4 calls it, in whose files and policies' names it stands
+REWARD = {"A": "rm", "B": "judge"}  # as step 4 calls it, also in the names of files and policies
 POINTS, DRAWN = 6, 60  # of the training curve, and rollouts graded for each
 
 

@@ -83,7 +83,7 @@ def comparison(one: dict, other: dict) -> dict:
 def verdicts_on(test: list[dict], seen: list[dict]) -> dict[str, list[int | None]]:
     """What every evaluator, and both null baselines, say of the test rows; `seen` are labelled rows to fit on.
 
-    An evaluator that gives a score says "good" from the threshold that is best on the rows seen.
+    An evaluator that gives a score says "good" at or above the threshold that is best on the rows seen.
     """
     verdicts = {}
     for column in ("excellent", "judge", "seed_judge", "agents"):  # 1 or 0
@@ -135,8 +135,8 @@ def agreement_table(rows: list[dict]) -> dict[str, dict]:
 def evaluate_evaluators(labelled: list[dict], comparisons: list[dict]) -> dict:
     """Agreement of every evaluator with the labels that step 3 has not looked at.
 
-    The figures that count are on clean rows, whose texts nothing has learnt from; then on as many good as bad ones of
-    equal length among these; and apart on rows that leaked. Comparisons of labelled pairs have no "query".
+    The main figures are on clean rows, whose texts were in no training data. Then come those of them that are balanced
+    by label and length, and separately the rows that leaked. Comparisons of labelled pairs have no "query".
     """
     test = stats.where(labelled, "part", "test")
     verdicts = verdicts_on(test, [row for row in labelled if row["part"] != "test"])

@@ -82,7 +82,7 @@ def report_figures(args: argparse.Namespace, policies: list[Policy], scored: Sco
 def policy_figures(rows: list[dict], policy: Policy, characters: int, learnt: set[str]) -> dict:
     """Scores, length and diversity of one policy's greetings.
 
-    Diversity is of `characters` characters; `learnt` are the runs of 12 characters that stand in an SFT text.
+    Diversity is of `characters` characters; `learnt` are the runs of 12 characters that appear in an SFT text.
     """
     figures = {"excellence": stats.mean_of(rows, "excellent")}
     for column in [*SCORES[1:], "quality"]:
