@@ -342,7 +342,7 @@ def main(args: argparse.Namespace) -> int:
     split = split_pairs(args)
     run_folder.open_run(args.run)
     settings = run_folder.settings(args, "data", "training", "models") | {"base": base}
-    # What fits the memory may change on the way: as many pairs make an update all the same.
+    # A resumed run may use smaller batches to fit in memory; what counts is how many pairs make an update.
     settings["batch"] = settings.pop("batch_size") * settings.pop("accumulation")
     del settings["batch_size_generate"]
     stage = run_folder.Stage(args.run, "02_rm", ["rm", "rm_eval.jsonl", "rm_checkpoints"], settings, args.redo)

@@ -75,9 +75,10 @@ class Rewards:
     def scores(self, rows: list[tuple[str, str]]) -> list[Reward]:
         """The reward model's scores. An empty text is no greeting, so it gets the step's lowest, whatever its score."""
         scores = self.model.score(rows, self.args.micro_batch)
+        lowest = min(scores)
         rewards: list[Reward] = []
         for score, (_, text) in zip(scores, rows, strict=True):
-            rewards.append((score, "") if text.strip() else (min(scores), "empty"))
+            rewards.append((score, "") if text.strip() else (lowest, "empty"))
         return rewards
 
     async def verdicts(self, rows: list[tuple[str, str]]) -> list[Reward]:
