@@ -28,8 +28,9 @@ from common.client import Client, gather_all
 from common.debate import Retrieval, debate, roles_asked
 from common.endpoint import add_endpoint_flags, endpoint_name
 from common.engine import Writer, add_engine_flag, choose_engine
+from common.failures import what_next
 from common.greetings import write_greetings
-from common.policy import add_policy_flags, find_policy, policy_path, silence_libraries
+from common.policy import add_policy_flags, find_policy, model_folder, policy_path, silence_libraries
 from common.prompts import conversation, prompt_hashes
 from common.records import Candidate, Demonstration, Judgement, Preference, Query, Reference
 from common.store import open_store
@@ -332,10 +333,13 @@ def main(args: argparse.Namespace) -> int:
     started = time.time()
     queries = records.read(args.queries, Query) if args.samples else []
     references = records.read(args.references, Reference)
+    ids: dict[str, tuple] = {}
+    for file in args.candidates:  # read to be checked: one of two that share an id would be lost
+        deque(records.stream(file, Candidate, unique=ids), maxlen=0)
     run_folder.open_run(args.run)
 
     # 1. Candidates.
-    policies = [policy_path(args), *args.policies] if args.samples else []
+    policies = [policy_path(args), *map(model_folder, args.policies)] if args.samples else []
     settings = run_folder.settings(args, "candidates", "models")
     settings["policies"], settings["prompts"] = policies, prompt_hashes(["policy"], args.prompts)
     sampling = run_folder.Stage(args.run, "01_candidates", ["candidates.jsonl"], settings, args.redo)
@@ -370,16 +374,17 @@ def main(args: argparse.Namespace) -> int:
     run_folder.write_summary(args, "01_summary", started, figures | {"seconds_by_phase": seconds})
     pairing.finish()
 
+    code, advice = what_next(figures["failures"])
     accepted, longer = figures["accepted"]["value"] or 0, figures["longer_wins"]["value"]
     training = f"{figures['pairs']} pairs and {figures['sft']} SFT rows in {args.run}"
     print(f"01: {figures['judged']} greetings judged, {accepted:.0%} accepted; {training}")
     if longer is not None:
         print(f"01: the longer text wins {longer:.0%} of the pairs of different length")
     if failures:
-        print(f"01: {failures} judgements failed, {dict(figures['failures'])}; run again to ask for them again")
+        print(f"01: {failures} judgements failed, {dict(figures['failures'])}; {advice}")
     elif not figures["pairs"]:
         print("01: no query has both an accepted and a rejected candidate: no pairs; raise --samples or --temperature")
-    return 3 if failures else 0
+    return code
 
 
 if __name__ == "__main__":

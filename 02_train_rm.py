@@ -31,15 +31,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from common import records, run_folder, stats
+from common import records, run_folder, stats, trainers
 from common.endpoint import add_endpoint_flags
 from common.memory import peak_gib
 from common.policy import add_policy_flags, load_base, load_tokenizer, lora, policy_path, silence_libraries
 from common.records import Preference
-from common.reward_model import RewardModel
+from common.reward_model import RewardModel, compute_in_fp32
 from common.spoilt import SPOILERS, Pairs, attacked_texts, derived_pairs
 from common.texts import leaks
-from common.trainers import draw_curves, fix_trainer, per_process, progress_callback, trainer_settings
 
 OFFLINE = {"bits": 16, "epochs": 1, "learning_rate": 7e-4, "batch_size": 16, "accumulation": 1, "max_length": 256}
 OFFLINE |= {"checks": 4, "derived": 4}
@@ -172,9 +171,9 @@ def accuracy(score: Callable, pairs: Pairs, tests: Tests) -> tuple[dict[str, dic
 def null_baselines(args: argparse.Namespace, split: Split, tests: Tests) -> dict[str, dict[str, dict]]:
     """{rule: {test: rate}} of two rules that understand nothing."""
     texts = [text for pair in split.train for text in pair.texts[1:]]  # chosen, rejected, chosen, rejected...
-    ngrams = stats.NgramClassifier(texts, [1, 0] * len(split.train), args.seed)
+    ngrams = stats.ngram_classifier(texts, [1, 0] * len(split.train), args.seed)
     by_length, _ = accuracy(lambda rivals: [len(text) for _, text in rivals], split.test, tests)
-    by_ngrams, _ = accuracy(lambda rivals: ngrams([text for _, text in rivals]), split.test, tests)
+    by_ngrams, _ = accuracy(lambda rivals: ngrams.decision_function([text for _, text in rivals]), split.test, tests)
     return {"longer": by_length, "ngram": by_ngrams}
 
 
@@ -212,7 +211,6 @@ def train(args: argparse.Namespace, pairs: Pairs, passes: float, stop: Pairs, ba
     """Train and save rm/, from the last checkpoint if there is one; returns the trainer's log."""
     import torch
     from transformers import AutoModelForSequenceClassification, EarlyStoppingCallback
-    from transformers.trainer_utils import get_last_checkpoint
     from trl import RewardConfig, RewardTrainer
 
     checkpoints = args.run / "rm_checkpoints"
@@ -225,6 +223,7 @@ def train(args: argparse.Namespace, pairs: Pairs, passes: float, stop: Pairs, ba
                 run_folder.fail(f"the loss is not finite {place}: run again with --redo and a lower --learning-rate")
             return loss
 
+    tokenizer = load_tokenizer(base)  # first, because what is wrong with it shows in a second
     torch.manual_seed(args.seed)  # the head begins at random
     # On a CPU the fused attention is slower with short padded rows; scoring keeps it: it spares memory on long ones.
     attention = {} if torch.cuda.is_available() else {"attn_implementation": "eager"}
@@ -232,7 +231,7 @@ def train(args: argparse.Namespace, pairs: Pairs, passes: float, stop: Pairs, ba
 
     updates = math.ceil(len(pairs) / (args.batch_size * args.accumulation)) * passes
     check_every = max(1, math.ceil(updates / args.checks))
-    batch, accumulation = per_process(args.batch_size, args.accumulation)
+    batch, accumulation = trainers.per_process(args.batch_size, args.accumulation)
     config = RewardConfig(
         output_dir=str(checkpoints), seed=args.seed, num_train_epochs=passes, max_length=args.max_length,
         per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
@@ -242,28 +241,30 @@ def train(args: argparse.Namespace, pairs: Pairs, passes: float, stop: Pairs, ba
         logging_steps=max(1, check_every // 4), logging_nan_inf_filter=False,
         eval_strategy="steps", eval_steps=check_every, metric_for_best_model="eval_loss", load_best_model_at_end=True,
         save_strategy="steps", save_steps=check_every, save_total_limit=2,
+        restore_callback_states_from_checkpoint=True,  # the checks without a gain so far
         # Batches of like length waste less on padding. The sampler finds the lengths in a column that TRL would remove.
         train_sampling_strategy="group_by_length", remove_unused_columns=False,
         pad_to_multiple_of=16,  # every new shape costs a CPU's kernels a compilation
-        **{**trainer_settings(args.bits), "bf16": True},
+        **{**trainers.trainer_settings(args.bits), "bf16": True},
     )  # fmt: skip
-    bar = progress_callback("reward model", ["loss", "accuracy", "eval_loss"])
+    bar = trainers.progress_callback("reward model", ["loss", "accuracy", "eval_loss"])
     trainer = FiniteRewardTrainer(
         model=model,
         args=config,
         train_dataset=as_dataset(pairs),
         eval_dataset=as_dataset(stop),
-        processing_class=load_tokenizer(base),
+        processing_class=tokenizer,
         peft_config=lora(args.rank, "SEQ_CLS", modules_to_save=["score"]),
         callbacks=[bar, EarlyStoppingCallback(args.patience)],
     )
-    fix_trainer(trainer)
+    trainers.fix_trainer(trainer)
+    compute_in_fp32(trainer.model.base_model.model.score.modules_to_save["default"])  # as it will score
     too_long = len(pairs) - len(trainer.train_dataset)
     if too_long == len(pairs) or not len(trainer.eval_dataset):
         run_folder.fail(f"all pairs are longer than --max-length {args.max_length} tokens; raise it")
     if too_long:
         print(f"02: {too_long} of {len(pairs)} pairs, spoilt ones included, exceed --max-length and are left out")
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None)
+    trainers.train_from(trainer, trainers.last_checkpoint(checkpoints))
     if run_folder.main_process():  # a calibration of a run that was killed belongs to other weights
         (args.run / "rm" / "calibration.json").unlink(missing_ok=True)
     trainer.save_model(str(args.run / "rm"))
@@ -317,19 +318,18 @@ def write_card(args: argparse.Namespace, base: str, figures: dict) -> None:
     for name, curves in panels.items():
         for label, key in (("training", name), ("held out", f"eval_{name}")):
             curves[label] = [(entry["step"], entry[key]) for entry in figures["log"] if key in entry]
-    draw_curves(args.run / "rm" / "training.svg", panels)
+    trainers.draw_curves(args.run / "rm" / "training.svg", panels)
 
 
 def score_file(args: argparse.Namespace, base: str) -> None:
     """Print every row of --score as it is, with its score, in order, a batch at a time."""
-    rm = RewardModel(args.run / "rm", base, args.bits, args.prompts)
+    rm = RewardModel(args.run / "rm", base, args.prompts)
     candidates = records.stream(args.score, records.Candidate, unique=False)
-    with open(args.score, encoding="utf-8") as file:
-        lines = filter(str.strip, file)
-        while batch := list(itertools.islice(candidates, args.batch_size_generate)):
-            for score in rm.score([(candidate.query, candidate.response) for candidate in batch]):
-                row = json.loads(next(lines))
-                print(json.dumps({**row, "score": round(score, 6)}, ensure_ascii=False))
+    rows = records.numbered_rows(args.score)  # as they stand in the file, beside the records
+    while batch := list(itertools.islice(candidates, args.batch_size_generate)):
+        for score in rm.score([(candidate.query, candidate.response) for candidate in batch]):
+            _, row = next(rows)
+            print(json.dumps({**row, "score": round(score, 6)}, ensure_ascii=False))
 
 
 def main(args: argparse.Namespace) -> int:
@@ -359,7 +359,7 @@ def main(args: argparse.Namespace) -> int:
     if not run_folder.main_process():
         return 0
     peak = peak_gib()  # of the training alone
-    rm = RewardModel(args.run / "rm", base, args.bits, args.prompts, calibrated=False)
+    rm = RewardModel(args.run / "rm", base, args.prompts, args.bits)
     rm.calibrate(split.stop, args.length_tolerance, args.seed)
     figures = {"train_pairs": len(split.train), "derived_pairs": derived, "test_pairs": len(split.test)}
     figures |= evaluate(args, rm, split.test, tests)

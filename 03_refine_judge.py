@@ -29,6 +29,7 @@ from common import records, run_folder, stats
 from common.answers import A, FlawedGreeting, Lesson, Rules, Unusable, Verdict
 from common.client import Client, gather_or_unusable
 from common.endpoint import add_endpoint_flags, endpoint_name
+from common.failures import what_next
 from common.judge import judge_greeting
 from common.policy import add_policy_flags
 from common.prompts import prompt_hashes, read_rules
@@ -41,6 +42,7 @@ ROLES = ["detector", "generator", "reflector", "optimiser"]
 QUOTE = 10  # characters in a row that a rule and a labelled greeting may not share
 DECIDED = 0.8  # share of the rows that both versions must have judged for a round to be decided
 BATCH_OF_BANK = 6  # attacks that the Reflector looks at beside the labelled rows
+UNHEARD = "not heard: "  # in the `why` of a round that an agent's silence has decided
 
 
 def parse_args() -> argparse.Namespace:
@@ -74,7 +76,7 @@ class Agents:
     """Asks the agents, many questions at once, and counts those without a usable answer."""
 
     def __init__(self, client: Client):
-        self.client = client
+        self.client, self.last_failure = client, ""
         self.failures: Counter[str] = Counter()
 
     async def answers(self, questions: Iterable[Awaitable[A]]) -> list[A | None]:
@@ -83,7 +85,7 @@ class Agents:
         for i, answer in enumerate(answers):
             if isinstance(answer, Unusable):
                 self.failures[str(answer)] += 1
-                answers[i] = None
+                answers[i], self.last_failure = None, str(answer)
         return answers
 
     async def judge(self, rows: list[dict], principles: list[str], again: int = 0) -> list[Verdict | None]:
@@ -124,14 +126,11 @@ def objection(rows: list[dict], old: list[int | None], new: list[int | None]) ->
     return ""
 
 
-# ---- the loop -------------------------------------------------------------------------------------------------------
-
-
 class Loop:
     """What the rounds change: the principles, the strategies, the red-team bank, and the record of versions."""
 
     def __init__(self, args: argparse.Namespace, client: Client, parts: dict, references: list, queries: list):
-        self.args, self.client, self.agents = args, client, Agents(client)
+        self.args, self.client, self.agents, self.unheard = args, client, Agents(client), ""
         self.parts, self.validation, self.references, self.queries = parts, parts["validation"], references, queries
         self.principles = read_rules(args.principles)
         self.strategies = read_rules(args.prompts / "strategies.md")
@@ -144,6 +143,7 @@ class Loop:
 
     async def play_round(self, number: int, current: dict) -> dict:
         """One round; returns the validation figures of the principles in force after it."""
+        self.unheard = self.agents.last_failure = ""  # which agent's answers a rewrite lacks in this round, and why
         # The Generator attacks. An attack that fooled the Detector says which principle is missing.
         attacks = [] if self.args.no_adversary else await self.attack(self.strategies, number)
         fooling = [attack for attack in attacks if attack["fooled"]]
@@ -162,7 +162,7 @@ class Loop:
                 self.bank.append(row | {"source": f"round {number}"})
 
         # New principles replace the old only if they are no worse, on rows that they were not made from.
-        figures, accepted, why = current, False, "no change proposed"
+        figures, accepted, why = current, False, self.unheard or "no usable change proposed"
         if proposed != self.principles:
             rows = self.validation + self.bank  # under the old ones again: the bank may have grown
             old, new = await self.agents.verdicts(rows, self.principles), await self.agents.verdicts(rows, proposed)
@@ -174,7 +174,7 @@ class Loop:
 
         if attacks:
             await self.sharpen_strategies(attacks, number)
-        self.record(number, proposed, figures, accepted, why)
+        self.record(number, proposed, figures, accepted, why if self.unheard in why else f"{why}; {self.unheard}")
         return current
 
     async def attack(self, strategies: list[str], number: int) -> list[dict]:
@@ -199,8 +199,7 @@ class Loop:
         """What the Reflector learns from the Detector's mistakes on a batch of labelled rows and on the bank."""
         rng = random.Random(digest(self.args.seed, "batch", number))
         rows = rng.sample(self.parts["reflect"], min(self.args.batch, len(self.parts["reflect"])))
-        for attack in rng.sample(self.bank, min(BATCH_OF_BANK, len(self.bank))):
-            rows.append(attack | {"label": 0})
+        rows += [attack | {"label": 0} for attack in rng.sample(self.bank, min(BATCH_OF_BANK, len(self.bank)))]
         reflecting = []
         for row, verdict in zip(rows, await self.agents.judge(rows, self.principles), strict=True):
             if verdict and verdict.verdict != row["label"]:
@@ -212,12 +211,17 @@ class Loop:
 
     async def optimise(self, kind: str, rules: list[str], feedback: list[str]) -> list[str]:
         """At most ten rules rewritten from the feedback; the old ones where there is none or no usable answer."""
-        if not feedback:
-            return rules
-        counted = [f"{item}（{times} 次）" for item, times in Counter(feedback).items()]
-        question = self.client.ask("optimiser", Rules, kind=kind, rules=rules, feedback=counted)
-        (answer,) = await self.agents.answers([question])
-        if not answer:
+        counts = Counter(feedback)
+        # Where all of it is too long for the endpoint, the start of what was said most often may not be.
+        for items, length in [(counts.items(), None), (counts.most_common(10), 100)] if feedback else []:
+            counted = [f"{item[:length]}（{times} 次）" for item, times in items]
+            question = self.client.ask("optimiser", Rules, kind=kind, rules=rules, feedback=counted)
+            (answer,) = await self.agents.answers([question])
+            if answer:
+                break
+        else:
+            silent = "the optimiser" if feedback else "one who gives feedback"
+            self.unheard = self.agents.last_failure and f"{silent} was {UNHEARD}{self.agents.last_failure}"
             return rules
         proposed = dict.fromkeys(" ".join(rule.split()) for rule in answer.rules if rule.strip())
         original = [rule for rule in proposed if self.quotable.isdisjoint(ngrams(rule, QUOTE))]
@@ -245,9 +249,8 @@ class Loop:
         version = {"version": len(self.versions), "round": number, "principles": principles}
         version |= {"strategies": self.strategies, "validation": validation, "bank": len(self.bank)}
         version |= {"accepted": accepted, "why": why, "model": self.client.model}
-        version["prompts"] = prompt_hashes(ROLES, self.args.prompts)
+        version |= {"prompts": prompt_hashes(ROLES, self.args.prompts), "failures": dict(self.agents.failures)}
         version["tokens"] = {"round": [so_far[0] - before[0], so_far[1] - before[1]], "so_far": so_far}
-        version["failures"] = dict(self.agents.failures)
         self.versions.append(version)
         records.write(self.args.run / "principles.jsonl", self.versions)
         records.write(self.args.run / "redteam.jsonl", self.bank)
@@ -266,14 +269,13 @@ async def refine(args: argparse.Namespace, *data: object) -> None:
         with tqdm(range(1, args.rounds + 1), desc="rounds", unit="round") as bar:
             for number in bar:
                 current = await loop.play_round(number, current)
-                rejected_in_a_row = 0 if loop.versions[-1]["accepted"] else rejected_in_a_row + 1
+                version = loop.versions[-1]
+                if UNHEARD not in version["why"]:  # else the round says nothing about the principles
+                    rejected_in_a_row = 0 if version["accepted"] else rejected_in_a_row + 1
                 false_accept = current["false_accept"]["value"] or 0
                 bar.set_postfix(kappa=f"{current['kappa']:.2f}", false_accept=f"{false_accept:.0%}")
                 if rejected_in_a_row >= args.patience:
                     break
-
-
-# ---- the report -----------------------------------------------------------------------------------------------------
 
 
 async def report(args: argparse.Namespace, versions: list[dict], test: list[dict], unseen: list[dict]) -> dict:
@@ -328,11 +330,11 @@ def draw(path: Path, versions: list[dict]) -> None:
     panels: dict[str, dict] = {name: {"proposed": [], "accepted": []} for name in ("kappa", "F1", "attacks accepted")}
     for version in versions:
         figures = version["validation"]
-        values = (figures["kappa"], figures["f1"], figures["false_accept"]["value"] or 0)
-        for lines, value in zip(panels.values(), values, strict=True):
-            lines["proposed"].append((version["round"], value))
+        figures = figures | {"F1": figures["f1"], "attacks accepted": figures["false_accept"]["value"] or 0}
+        for name, lines in panels.items():
+            lines["proposed"].append((version["round"], figures[name]))
             if version["accepted"]:
-                lines["accepted"].append((version["round"], value))
+                lines["accepted"].append((version["round"], figures[name]))
     draw_curves(path, panels, xlabel="round")
 
 
@@ -364,14 +366,17 @@ def main(args: argparse.Namespace) -> int:
     parts = {name: [row.model_dump() for row in rows] for name, rows in labelled.items()}
     run_folder.open_run(args.run)
 
-    settings = run_folder.settings(args, "data", "loop") | {
-        "prompts": prompt_hashes([*ROLES, "strategies"], args.prompts),
-        "endpoint": endpoint_name(args),
-        "graded": args.graded,
-    }
+    settings = run_folder.settings(args, "data", "loop") | {"endpoint": endpoint_name(args), "graded": args.graded}
+    settings["prompts"] = prompt_hashes([*ROLES, "strategies"], args.prompts)
     loop = Stage(args.run, "03_principles", ["principles.jsonl", "redteam.jsonl"], settings, args.redo)
     if not loop.done:
         asyncio.run(refine(args, parts, references, queries))
+    versions = records.read_lines(args.run / "principles.jsonl")
+    unheard = [version["why"] for version in versions if UNHEARD in version["why"]]
+    code, advice = what_next(unheard)
+    if unheard:  # the stage stays open: another call asks for those answers again
+        print(f"03: {len(unheard)} of {len(versions) - 1} rounds lack answers ({unheard[-1]}); {advice}")
+    else:
         loop.finish()
 
     settings = run_folder.settings(args, "report") | {"principles": run_folder.file_hash(args.run / "principles.jsonl")}
@@ -379,8 +384,7 @@ def main(args: argparse.Namespace) -> int:
     summary = Stage(args.run, "03_report", ["03_summary.json", "principles.svg"], settings, redo=True)
     if summary.done:
         print(f"03: done already, see {args.run / '03_summary.json'}")
-        return 0
-    versions = records.read_lines(args.run / "principles.jsonl")
+        return code
     unseen = attack_bank(references, args.bank, args.seed, held_out=True)
     figures = asyncio.run(report(args, versions, parts["test"], unseen))
     figures["parts"] = {name: len(rows) for name, rows in parts.items()}
@@ -389,7 +393,7 @@ def main(args: argparse.Namespace) -> int:
     run_folder.write_summary(args, "03_summary", started, figures)
     summary.finish()
     print_figures(args, figures)
-    return 0
+    return code
 
 
 if __name__ == "__main__":

@@ -10,14 +10,14 @@ The loop of GRPO is TRL's. One step of it:
     each greeting gets a reward, or None where the judge failed, which teaches nothing        common/rewards.py
     its advantage is its reward minus the mean of its query's rewards, divided by their       TRL
         standard deviation
-    the engine's log-probabilities are compared with the trainer's before anything is         checked_trainer_class
-        learnt: beyond --max-gap the run stops
-    the adapter is updated once for every --mini-batch queries, with the loss "dapo" and      TRL
-        --kl to the SFT policy
+    the engine's log-probabilities are compared with the trainer's before anything is         common/grpo_trainer.py
+        learnt, though the rewards are paid for by then: beyond --max-gap the run stops
+    the completions are shuffled, and the adapter is updated once for every --mini-batch      TRL
+        queries' worth of them, with the loss "dapo" and --kl to the SFT policy
     the adapter alone is sent to the engine, as the next step begins                          common/engine.py
 
-`step` in the files is TRL's count of updates; a GRPO step has queries-per-step / mini-batch of them. --watch-every and
---save-every count GRPO steps.
+`step` in the files, and --steps, count updates, as TRL does; a GRPO step has queries-per-step / mini-batch of them.
+--watch-every and --save-every count GRPO steps.
 
 Every --watch-every steps a rubric, which is not a reward, grades greetings for the same queries. Where the reward has
 risen and these grades have fallen beyond noise, the policy is gaming its reward (common/watch.py).
@@ -44,20 +44,31 @@ from common import records, run_folder, trainers
 from common.client import Client
 from common.endpoint import add_endpoint_flags, endpoint_name
 from common.engine import adapter_sync, add_engine_flag, choose_engine
+from common.grpo_trainer import GAP, grpo_trainer
 from common.judge import current_principles
-from common.memory import add_memory_flags, engine_share, peak_gib, show_plan
-from common.policy import MAX_PROMPT, add_policy_flags, check_adapter, load_policy, lora, policy_path, silence_libraries
+from common.memory import add_memory_flags, check_gpu, engine_share, peak_gib, show_plan
+from common.policy import (
+    MAX_PROMPT,
+    add_policy_flags,
+    check_adapter,
+    load_policy,
+    lora,
+    policy_path,
+    save_adapter,
+    silence_libraries,
+)
 from common.prompts import conversation, prompt_hashes
 from common.rewards import GAMING, Rewards
 from common.store import open_store
 from common.watch import Watch, first_and_last_tenth, watch_callback
 
-OFFLINE = {"bits": 16, "engine": "hf", "sft_epochs": 5, "sft_learning_rate": 2e-3, "save_every": 10, "watch_every": 10}
-OFFLINE |= {"learning_rate": 1.5e-3, "kl": 0.05, "steps": 40, "samples": 8, "queries_per_step": 16, "mini_batch": 8}
+OFFLINE = {"bits": 16, "engine": "hf", "sft_epochs": 4, "sft_learning_rate": 2e-3, "save_every": 4, "watch_every": 4}
+OFFLINE |= {"learning_rate": 1.5e-3, "kl": 0.05, "steps": 24, "samples": 8, "queries_per_step": 16, "mini_batch": 8}
 OFFLINE |= {"micro_batch": 64, "max_tokens": 48}
-GAP = "sampling/sampling_logp_difference/mean"  # TRL's name for the engine's distance to the trainer
+RATIO = "sampling/importance_sampling_ratio"  # TRL's name for the trainer's probability over the engine's
 PANELS = {"reward": ["reward", "reward_std"], "length, diversity": ["reward_length_correlation", "distinct_2"]}
-PANELS |= {"tokens": ["completions/mean_length"], "KL and gap": ["kl", GAP]}
+PANELS |= {"tokens": ["completions/mean_length"], "KL, gap, ratio": ["kl", GAP, f"{RATIO}/min"]}
+PANELS |= {"shares": ["frac_reward_zero_std", "completions/clipped_ratio"]}
 
 
 def parse_args() -> argparse.Namespace:
@@ -78,8 +89,8 @@ def parse_args() -> argparse.Namespace:
     # The rest changes when a run stops and what it saves, not what it computes.
     add = parser.add_argument_group("course of the run").add_argument
     add("--stop-on-hack", action="store_true", help="end when the reward rises and the watch's grades fall")
-    gap = "mean difference of a token's log-probability, engine to trainer, that stops the run (%(default)s)"
-    add("--max-gap", type=float, default=0.05, help=gap)
+    gap = "mean difference of a token's log-probability, engine to trainer, that always stops the run (%(default)s)"
+    add("--max-gap", type=float, default=0.1, help=gap)
     add("--save-every", type=run_folder.positive, default=10, help="GRPO steps between checkpoints (%(default)s)")
     add("--report-to", nargs="*", default=[], help="trackers that TRL knows, such as tensorboard")
     add("--plan", action="store_true", help="train nothing: print what will be on the GPU, and whether it fits")
@@ -136,22 +147,20 @@ def sft(args: argparse.Namespace, base: str) -> dict:
 
 def grpo(args: argparse.Namespace, base: str) -> dict:
     """Train policy_rm/ or policy_judge/ from policy_sft/; returns the figures for the summary."""
-    queries = records.read(args.queries, records.Query)
-    if len(queries) < args.queries_per_step:
-        run_folder.fail(f"{args.queries} has {len(queries)} queries, under --queries-per-step {args.queries_per_step}")
+    queries = trainers.fitting_queries(args, base)
     rewards = Rewards(args, base)
     watch = Watch(args, queries)
     # TRL builds its engine with the trainer, so that is when it has to be ours.
-    with adapter_sync(base, args.bits, args.rank) if args.engine == "vllm" else nullcontext():
+    with adapter_sync(base, args.bits, args.rank, args.seed) if args.engine == "vllm" else nullcontext():
         trainer = build_trainer(args, base, queries, rewards, watch)
-    trainers.fix_trainer(trainer)
     try:
         trainers.resume_training(args, trainer, Path(trainer.args.output_dir))
     except run_folder.Stop as e:
         run_folder.fail(str(e))
     if not run_folder.main_process():
         return {}
-    trainer.model.save_pretrained(args.run / args.name, selected_adapters=["default"])
+    save_adapter(trainer.model, args.run / args.name)
+    trainer.processing_class.save_pretrained(args.run / args.name)
     steps = records.read_lines(args.run / f"metrics_{args.reward}.jsonl")
     looks = records.read_lines(watch.path)
     panels = {}
@@ -165,17 +174,11 @@ def grpo(args: argparse.Namespace, base: str) -> dict:
 def build_trainer(args: argparse.Namespace, base: str, queries: list[records.Query], rewards: Rewards, watch: Watch):
     """TRL's GRPO trainer: on the SFT policy, with our rewards, the check of the rollouts, and the watch."""
     from datasets import Dataset
+    from peft import load_peft_weights, set_peft_model_state_dict
     from trl import GRPOConfig
 
     model, tokenizer = load_policy(base, args.bits, args.run / "policy_sft", trainable=True)
-    # The engine has room for MAX_PROMPT + --max-tokens, and TRL cuts no prompt.
-    prompts = []
-    for query in queries:
-        prompt = conversation(query.query, args.prompts)
-        if len(tokenizer.apply_chat_template(prompt, tokenize=True)["input_ids"]) <= MAX_PROMPT:
-            prompts.append({"prompt": prompt, "query": query.query})
-    if left_out := len(queries) - len(prompts):
-        print(f"04: the prompts of {left_out} queries have over {MAX_PROMPT} tokens and are left out")
+    prompts = [{"prompt": conversation(query.query, args.prompts), "query": query.query} for query in queries]
 
     # TRL counts in passes of --micro-batch completions: `passes` of them make an update, and `updates` use up a step.
     updates = args.queries_per_step // args.mini_batch
@@ -191,42 +194,26 @@ def build_trainer(args: argparse.Namespace, base: str, queries: list[records.Que
         save_strategy="steps", save_steps=args.save_every * updates, save_total_limit=2,
         use_vllm=args.engine == "vllm", vllm_mode="colocate", vllm_enable_sleep_mode=args.sleep,
         vllm_max_model_length=MAX_PROMPT + args.max_tokens, vllm_gpu_memory_utilization=engine_share(args, base),
+        # The engine's log-probabilities are not the trainer's to the bit. Each token's term is multiplied by the
+        # ratio of the two, at most 2; by default TRL would drop whole completions instead, the longest first.
+        vllm_importance_sampling_mode="token_truncate", vllm_importance_sampling_clip_max=2.0,
+        cast_lm_head_to_fp32=True,  # in the engine too: most of the rounding between the two is the head's
+        use_bias_correction_kl=False,  # the paper's low-variance estimator ("k3"), as verl has it in the loss
         report_to=args.report_to, **trainers.trainer_settings(args.bits),
     )  # fmt: skip
     shown, metrics = ["reward", "completions/mean_length"], args.run / f"metrics_{args.reward}.jsonl"
+    if args.engine == "vllm":  # transformers goes by the model's generation config; vLLM knows the base's alone
+        config.generation_kwargs = {"stop_token_ids": model.generation_config.eos_token_id}
     callbacks = [trainers.progress_callback(f"GRPO, reward {args.reward}", shown, metrics)]
     if args.watch_every:
         callbacks.append(watch_callback(args, watch, updates))
-    trainer_class = checked_trainer_class(args.max_gap)
     data = Dataset.from_list(prompts)
-    return trainer_class(model, rewards, config, data, processing_class=tokenizer, callbacks=callbacks)
-
-
-def checked_trainer_class(max_gap: float) -> type:
-    """TRL's trainer, which learns from no rollout that is not the policy's, and times its phases."""
-    from trl import GRPOTrainer
-
-    class CheckedTrainer(GRPOTrainer):
-        def _generate(self, *inputs, **options):
-            started = time.perf_counter()
-            output = super()._generate(*inputs, **options)
-            synced = self.vllm_generation.syncs[-1][0] if self.use_vllm else 0.0
-            self._metrics["train"]["seconds/sync"].append(synced)
-            self._metrics["train"]["seconds/generate"].append(time.perf_counter() - started - synced)
-            return output
-
-        def _generate_and_score_completions(self, inputs):
-            output = super()._generate_and_score_completions(inputs)
-            if self.use_vllm:
-                # An adapter that did not reach the engine, or a base quantised otherwise, shows here.
-                gap = self._metrics["train"][GAP][-1]
-                if not gap <= max_gap:  # nan stops the run too
-                    distance = f"the engine's log-probabilities are {gap:.3f} per token away from the trainer's"
-                    reason = f"{distance}, more than --max-gap {max_gap:g}: these rollouts are not the policy's"
-                    raise run_folder.Stop(f"step {self.state.global_step}: {reason}, and nothing was learnt from them")
-            return output
-
-    return CheckedTrainer
+    parts = {"train_dataset": data, "processing_class": tokenizer, "callbacks": callbacks}
+    trainer = grpo_trainer(args, model, rewards, config, **parts)
+    trainers.fix_trainer(trainer)
+    # On a 4-bit base TRL has rounded the policy to bf16, but not the reference, which was copied before.
+    set_peft_model_state_dict(trainer.model, load_peft_weights(args.run / "policy_sft"), adapter_name="default")
+    return trainer
 
 
 def grpo_figures(args: argparse.Namespace, trainer, steps: list[dict], looks: list[dict]) -> dict:
@@ -236,6 +223,11 @@ def grpo_figures(args: argparse.Namespace, trainer, steps: list[dict], looks: li
         seconds[phase] = sum(row.get(f"seconds/{phase}", 0.0) for row in steps)
     seconds["train"] = sum(row["step_time"] for row in steps) - sum(seconds.values())
     seconds["total"] = sum(seconds.values())
+
+    def mean(name: str) -> float | None:
+        values = [row[name] for row in steps if row.get(name) is not None]
+        return sum(values) / len(values) if values else None
+
     gaps = [row[GAP] for row in steps if row.get(GAP) is not None]
     syncs = trainer.vllm_generation.syncs if args.engine == "vllm" else []  # (seconds, bytes)
     rewarded = [row for row in steps if "reward" in row]  # a second update from the same rollouts logs none
@@ -245,10 +237,13 @@ def grpo_figures(args: argparse.Namespace, trainer, steps: list[dict], looks: li
         "steps": trainer.state.global_step,
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "sync": {"ms": 1000 * sum(s for s, _ in syncs) / len(syncs), "bytes": syncs[-1][1]} if syncs else None,
-        "logp_gap": {"mean": sum(gaps) / len(gaps), "most": max(gaps)} if gaps else None,
+        "logp_gap": {"mean": mean(GAP), "most": max(gaps)} if gaps else None,
+        "importance_ratio": {name: mean(f"{RATIO}/{name}") for name in ("min", "mean", "max")} if gaps else None,
+        "without_spread": mean("frac_reward_zero_std"),  # share of the queries' groups, which teach nothing
+        "cut_off": mean("completions/clipped_ratio"),  # share of the completions, at --max-tokens
         "reward": {"first": first, "last": last},
         "completions": args.mini_batch * args.samples * len(steps),
-        "gaming": {name: sum(row[name] for row in rewarded) / len(rewarded) for name in GAMING},
+        "gaming": {name: mean(name) for name in GAMING},
         "failed_judgements": int(sum(row["failed_judgements"] for row in rewarded)),
         "watch": [{name: value for name, value in look.items() if name != "grades"} for look in looks],
         "peak_gib": peak_gib(),
@@ -268,6 +263,8 @@ def open_stage(args: argparse.Namespace, base: str) -> run_folder.Stage:
         settings = run_folder.settings(args, "SFT") | {"rank": args.rank, "bits": args.bits}
     else:
         check_adapter(args.run / "policy_sft", base)
+        if run_folder.unfinished(args.run, "04_none"):
+            run_folder.fail(f"the SFT of {args.run / 'policy_sft'} has not ended; go on with it by --reward none")
         settings = run_folder.settings(args, "GRPO", "watch", "models")
         settings["policy_sft"] = run_folder.file_hash(args.run / "policy_sft" / "adapter_model.safetensors")
         outputs.append(f"rollouts_{args.reward}.jsonl")
@@ -312,6 +309,7 @@ def main(args: argparse.Namespace) -> int:
         open_store(args, f"04_{args.reward}").set_aside()
     if args.reward == "judge" or (args.reward == "rm" and args.watch_every):
         Client.probe(args, f"04_{args.reward}")
+    check_gpu(args, base)
     silence_libraries()
     figures = sft(args, base) if args.reward == "none" else grpo(args, base)
     if not run_folder.main_process():

@@ -22,7 +22,6 @@ A row is a dict, one line of a JSONL file. Evaluators add columns to it: `grades
 
 import argparse
 import asyncio
-import random
 import sys
 import time
 from collections import Counter
@@ -34,8 +33,9 @@ from common import records, run_folder, stats
 from common.answers import Preferred, Unusable
 from common.client import Client, gather_all
 from common.debate import ROLES, Retrieval, add_agents_verdict
-from common.endpoint import address, endpoint_name
+from common.endpoint import address, endpoint_name, variable
 from common.engine import Writer
+from common.failures import what_next
 from common.greetings import Policy, client_at, greeting_settings, greetings_of, parse_greeting_args, present_policies
 from common.judge import Version, add_grades, add_verdict, current_principles
 from common.policy import policy_path, silence_libraries
@@ -61,6 +61,8 @@ def parse_args() -> argparse.Namespace:
     scores("--pairwise", type=int, default=200, help="queries on which policies are compared in pairs (%(default)s)")
     scores("--eval-model", help="model of rubric and comparisons, for evaluation alone (--model)")
     scores("--eval-base-url", type=address, help="its endpoint (--base-url)")
+    key = parser.add_argument_group("key of the evaluation's endpoint").add_argument  # no setting of any stage
+    key("--eval-api-key-env", type=variable, help="variable that holds it (--api-key-env, at the same address)")
     people = parser.add_argument_group("people").add_argument
     people("--annotate", type=run_folder.positive, default=30, help="queries on the rating page (%(default)s)")
     people("--annotations", type=Path, nargs="*", default=[], help="what people saved from annotate.html")
@@ -78,8 +80,9 @@ async def open_clients(
     All of them share one ledger and one budget.
     """
     agents = rubric = Client(args, "05")
-    if args.eval_model or args.eval_base_url:
-        rubric = client_at(args, "05", args.eval_model or args.model, args.eval_base_url or args.base_url)
+    if args.eval_model or args.eval_base_url or args.eval_api_key_env:
+        model, url = args.eval_model or args.model, args.eval_base_url or args.base_url
+        rubric = client_at(args, "05", model, url, args.eval_api_key_env, r"--eval-\1")
     writers: dict[str, Client] = {}
     for policy in policies:
         if policy.api:
@@ -149,6 +152,7 @@ async def score(
         greetings, writer = [], Writer(args)
         for policy in policies:
             greetings += await greetings_of(args, policy, queries, writers.get(policy.name, writer), failures)
+        writer.close()  # the reward model needs the memory
         records.write(args.run / "generations.jsonl", greetings)
 
         # What is to be scored: greetings, labelled rows (how good is the evaluator?), rollouts (what did GRPO cost?).
@@ -175,8 +179,8 @@ async def score(
 
     # The reward model runs here, after the clients are closed. It scores all parts of the labelled rows, because its
     # threshold for "good" is fitted on those that are not in `test`.
-    if (args.run / "rm" / "adapter_config.json").is_file():
-        reward_model = RewardModel(args.run / "rm", policies[0].base, args.bits, args.prompts)
+    if (args.run / "rm" / "calibration.json").is_file():  # written when it is trained
+        reward_model = RewardModel(args.run / "rm", policies[0].base, args.prompts)
         rows = greetings + labelled
         scores = reward_model.score([(row["query"], row["response"]) for row in rows])
         for row, row_score in zip(rows, scores, strict=True):
@@ -223,8 +227,9 @@ def main(args: argparse.Namespace) -> int:
         records.read(file, Rating, "annotate.html", unique=False)
     labelled = labelled_rows(args)
     # The same random queries for comparisons and for the rating page, so that people and rubric see the same pairs.
-    rng = random.Random(run_folder.digest(args.seed, "compared"))
-    order = [query.id for query in rng.sample(queries, len(queries))]
+    # They are drawn by a hash: a query that is added moves no other.
+    drawn = sorted(queries, key=lambda query: run_folder.digest(args.seed, "compared", query.query))
+    order = [query.id for query in drawn]
 
     failures: Counter = Counter()
     scores = scores_stage(args, policies)
@@ -250,10 +255,10 @@ def main(args: argparse.Namespace) -> int:
     print(policies_section.partition("\n")[2].strip())
     where = args.run / "report.html"
     print(f"05: {'done already, see' if done else 'report in'} {where}; people rate in annotate.html")
+    code, advice = what_next(failures)
     if failures:
-        print(f"05: {failures.total()} answers failed, {dict(failures)}; run again to ask them again")
-        return 3
-    return 0
+        print(f"05: {failures.total()} answers failed, {dict(failures)}; {advice}")
+    return code
 
 
 if __name__ == "__main__":

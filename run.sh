@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # bash run.sh [flags]       set up .venv and run steps 01 to 05; flags go to every step (--run, --seed, --offline, ...)
-# bash run.sh --paper [..]  the paper's models and settings on a GPU of 80 GB; the judge too, unless --base-url names one
+# bash run.sh --paper [..]  the paper's settings on a GPU, checked first; with the judge, unless --base-url names one
 # bash run.sh --check [..]  only the checks before that, and the hours and money it would take
 # bash run.sh test [flags]  set up .venv and run the tests; flags go to pytest
 set -euo pipefail
+export CUDA_DEVICE_ORDER=${CUDA_DEVICE_ORDER:-PCI_BUS_ID} # as nvidia-smi counts GPUs; by itself CUDA has the fastest first
 cd "$(dirname "$0")"
 
 say() { printf '\n== %s\n' "$*"; }
@@ -39,13 +40,24 @@ mode=""
 case "${1:-}" in --paper | --check) mode=$1; shift ;; esac
 flags=("$@") # bash 3.2 calls an empty array unset: hence ${flags[@]+...} wherever it is used
 needs=requirements-cpu.txt
-if nvidia-smi -L >/dev/null 2>&1; then needs=requirements.txt; fi
+case ${CUDA_VISIBLE_DEVICES-0} in
+  "" | -1) ;; # no GPU is to be used
+  *) if nvidia-smi -L >/dev/null 2>&1; then needs=requirements.txt; fi ;;
+esac
+policy="" writing="" grpo="" # flags of every step, of those that write, of step 04: what fits on the GPU
+choose() {
+  local lines judge
+  lines=$(.venv/bin/python tools/check.py --choose "$@")
+  { read -r policy && read -r writing && read -r grpo && read -r judge; } <<<"$lines"
+  export JUDGE_MEMORY=${JUDGE_MEMORY:-$judge}
+}
 
 if [ -n "$mode" ]; then
   set_up $needs
   say "does this machine have what the paper run needs?"
   .venv/bin/python tools/check.py "$@"
   [ "$mode" = --paper ] || exit 0
+  choose "$@"
   if [ -z "$(flag --base-url "")" ]; then # one judge for all steps: this script once more, with a server around it
     PORT=8000 CONCURRENCY=$(flag --concurrency 64) exec bash tools/with_judge.sh \
       "$(flag --model Qwen/Qwen2.5-32B-Instruct-AWQ)" bash run.sh "$@"
@@ -54,8 +66,9 @@ elif [[ " $* " == *" --offline "* ]]; then
   say "--offline was given: the tiny model and the rule-based critic, on this machine alone"
   set_up requirements-cpu.txt
 elif [ $needs = requirements.txt ]; then
-  say "NVIDIA GPU found: the paper's models and settings (add --offline for the tiny default)"
+  say "NVIDIA GPU found: the paper's settings, with the largest models that fit (add --offline for the tiny default)"
   set_up $needs
+  choose "$@"
 else
   say "no NVIDIA GPU found: --offline, the tiny model and the rule-based critic"
   set_up $needs
@@ -64,7 +77,10 @@ fi
 
 step() { # script and its own flags; exit code 3 means done, with failures that the step has counted and named
   say "$*"
-  .venv/bin/python "$@" ${flags[@]+"${flags[@]}"} || { local code=$?; [ $code = 3 ] || exit $code; }
+  local own=$policy
+  case $1 in 01* | 05*) own+=" $writing" ;; 04*) own+=" $writing $grpo" ;; esac
+  # shellcheck disable=SC2086 # several words; flags of the command line come later and win
+  .venv/bin/python "$@" $own ${flags[@]+"${flags[@]}"} || { local code=$?; [ $code = 3 ] || exit $code; }
 }
 
 step 01_curate_preferences.py

@@ -4,7 +4,7 @@
 
 prints how strange known, unknown and shuffled greetings are to the critic (ODD, BROKEN in common/offline/language.py),
 how many read better from their end (BACKWARDS), and how often a greeting without a sign of its occasion is more like
-another one's greetings (OccasionModel).
+another one's greetings (fit_occasions).
 """
 
 import random
@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.lexicon import OCCASIONS, kindred
 from common.offline.flaws import signs_of
-from common.offline.language import BACKWARDS, REFERENCES, CharacterModel, OccasionModel
+from common.offline.language import BACKWARDS, REFERENCES, CharacterModel, fit_occasions
 from common.records import Reference, read
 
 PARTS = 8
@@ -31,7 +31,7 @@ def main() -> None:
     for part in range(PARTS):
         others = [reference for number, reference in enumerate(references) if number % PARTS != part]
         characters = CharacterModel([reference.response for reference in others])
-        occasions = OccasionModel(others)
+        occasions = fit_occasions(others)
         for reference in references[part::PARTS]:
             text = reference.response
             strangeness["known"].append(everything.strangeness(text))
@@ -44,12 +44,12 @@ def main() -> None:
             if reversed_text != text:
                 gains["left out, one clause reversed"].append(characters.backwards(reversed_text))
 
-            likeness, stranger = occasions.likeness(text), rng.choice(references)
+            most_like, stranger = occasions.predict([text])[0], rng.choice(references)
             for name, wanted in zip(more_like_another, (reference, stranger), strict=True):
                 kin = kindred(wanted.occasion)
                 fits = wanted is reference or reference.occasion not in kin
                 if wanted.occasion in OCCASIONS and fits and not signs_of([wanted.occasion], text):
-                    more_like_another[name].append(occasions.elsewhere(likeness, kin))
+                    more_like_another[name].append(most_like not in kin)
 
     for name, nats in strangeness.items():
         nats.sort()

@@ -126,8 +126,8 @@ def main() -> None:
     parser.add_argument("--each", action="store_true", help="leave out kinds of spoilt texts, one group after another")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    rows = (args.data / "preferences.train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    (args.out / f"train_{args.pairs}.jsonl").write_text("".join(rows[: args.pairs]), encoding="utf-8")
+    rows = (args.data / "preferences.train.jsonl").open("rb").readlines()
+    (args.out / f"train_{args.pairs}.jsonl").write_bytes(b"".join(rows[: args.pairs]))
     if args.each:
         whole = [train(args, "robust", seed, []) for seed in args.seeds]
         for n, group in enumerate(GROUPS):

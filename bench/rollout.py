@@ -47,7 +47,7 @@ def measure(base: str, rounds: int) -> dict:
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    engine = engine_class(base, 16, 16)(
+    engine = engine_class(base, 16, 16, 0)(
         model=base, max_model_len=128, max_num_seqs=4, dtype="bfloat16", gpu_memory_utilization=0.4
     )
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)

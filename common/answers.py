@@ -3,14 +3,34 @@
 import json
 import math
 import re
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from common.failures import CUT, FILTERED, NO_LOGPROBS, NOT_JSON, Unusable
+from common.failures import BROKEN_OFF, CUT, EMPTY, FILTERED, NO_LOGPROBS, NOT_JSON, Unusable
 
 TOP_LOGPROBS = 20  # the most that OpenAI and vLLM give
+
+# What finish_reason says, in small letters alone -> why the answer is not whole, "" if it is. Servers differ;
+# what is not listed (error, abort, tool_calls) is BROKEN_OFF.
+ENDINGS = {
+    "|stop.*|eos.*|endturn|completed?": "",
+    ".*(length|max.*tokens|tokenlimit).*": CUT,
+    ".*(filter|safety|sensitive|refus|blocklist|prohibited|recitation).*": FILTERED,
+}
+# <think>, [THINK], <|begin_of_thought|> and what closes them, alone where the prompt ends with the opening tag.
+THOUGHT = r"(?:seed:)?(?:think|thinking|thoughts?|reasoning|reflection|analysis)\|?[>\]▷]"
+OPENING, CLOSING = (re.compile(rf"[<\[◁]\|?{mark}{THOUGHT}", re.I) for mark in ("(?:begin_of_)?", "(?:/|end_of_)"))
+
+# The object that is the answer is the only one, begins a line, and only the end of its fence follows. All else may be a
+# quotation: who judges a text that holds a verdict repeats it, and says before or after it what to make of it.
+ALONE = re.compile(r"(?:[^{]*\n)?[ \t]*(?:`{3,}[ \t]*\w*\s*)?(\{.*\})\s*(?:`{3,})?", re.S)
+
+# At most so many characters, where the endpoint decodes by the schema: a small judge runs on otherwise. A longer one is
+# taken as it is: the length of a reason says nothing about the verdict.
+Point = Annotated[str, Field(json_schema_extra={"maxLength": 120})]
+Reason = Annotated[str, Field(json_schema_extra={"maxLength": 300})]
 
 
 class Answer(BaseModel):
@@ -43,11 +63,11 @@ def plain_int(value: object) -> object:
 
 
 class Points(Answer):
-    points: list[str]
+    points: list[Point] = Field(json_schema_extra={"maxItems": 10})
 
 
 class Verdict(Answer):
-    reason: str
+    reason: Reason
     verdict: Annotated[Literal[0, 1], BeforeValidator(plain_int)]
 
     @property
@@ -66,16 +86,16 @@ class GradedVerdict(Verdict):
 
 
 class FlawedGreeting(Answer):
-    response: str = Field(min_length=1)
-    flaw: str = Field(min_length=1)
+    response: str = Field(min_length=1, json_schema_extra={"maxLength": 600})
+    flaw: Point = Field(min_length=1)
 
 
 class Lesson(Answer):
-    lesson: str = Field(min_length=1)
+    lesson: Reason = Field(min_length=1)
 
 
 class Rules(Answer):
-    rules: list[str] = Field(min_length=1, max_length=10)
+    rules: list[Point] = Field(min_length=1, max_length=10)
 
 
 Grade = Annotated[Literal[1, 2, 3], BeforeValidator(plain_int)]
@@ -83,7 +103,7 @@ WEIGHTS = {"language": 30, "creativity": 30, "emotion": 15, "culture": 15, "rich
 
 
 class Grades(Answer):
-    reason: str
+    reason: Reason
     language: Grade
     creativity: Grade
     emotion: Grade
@@ -101,14 +121,14 @@ def weighted_mean(grades: dict[str, float]) -> float:
 
 
 class Preferred(Answer):
-    reason: str
+    reason: Reason
     better: Literal["A", "B", "tie"]
 
 
 class Text(Answer):
     """Free text: asked without a schema, for a policy behind an endpoint."""
 
-    text: str
+    text: str = Field(min_length=1)
 
 
 def schema_of(answer: type[Answer]) -> type[Answer]:
@@ -127,31 +147,51 @@ def usable_text(completion: dict, answer: type[Answer]) -> str:
     """The JSON text of a chat completion, checked against the schema; raises Unusable with the reason otherwise."""
     choice = completion["choices"][0] if completion.get("choices") else None
     if not choice or not choice.get("message"):
-        raise Unusable("no choice")
-    if choice.get("finish_reason") == "length":
-        raise Unusable(CUT)
-    if choice.get("finish_reason") == "content_filter":
-        raise Unusable(FILTERED)
+        raise Unusable("no choice", str(completion))
+    text, ending = text_of(choice["message"]), choice.get("finish_reason") or ""
+    letters = re.sub("[-_. ]", "", str(ending)).lower().removeprefix("finishreason")
+    reason = next((reason for words, reason in ENDINGS.items() if re.fullmatch(words, letters)), BROKEN_OFF)
+    if reason:
+        raise Unusable(reason, f"{ending}: {text}")
     if choice["message"].get("refusal"):
-        raise Unusable("refusal")
-    text = (choice["message"].get("content") or "").strip()
+        raise Unusable("refusal", str(choice["message"]["refusal"]))
     if not text:
-        raise Unusable("empty")
-    if answer is Text:
-        return json.dumps({"text": text}, ensure_ascii=False)
-
-    # An endpoint without schemas lets the model fence its JSON, and talk around it. If there are two, neither is used.
-    fenced = re.findall(r"^```(?:json)?\s*(.*?)\s*```$", text, flags=re.S | re.M)
-    if len(fenced) == 1:
-        text = fenced[0]
+        raise Unusable(EMPTY, str(choice["message"].get("reasoning_content") or ""))
     try:
-        json.loads(text, object_pairs_hook=refuse_double_keys)
-        fields = schema_of(answer).model_validate_json(text).model_dump()
+        found = {"text": outside_thoughts(text)} if answer is Text else read_object(text)
+        # As JSON, of which pydantic refuses half a surrogate pair: no file could take it.
+        fields = schema_of(answer).model_validate_json(json.dumps(found)).model_dump()
     except (ValueError, RecursionError) as e:  # pydantic's ValidationError is a ValueError
-        raise Unusable(NOT_JSON) from e
+        raise Unusable(EMPTY if answer is Text else NOT_JSON, text) from e
     if answer is GradedVerdict:
         fields["grade"] = probability_of_one(choice, fields["verdict"])
     return json.dumps(fields, ensure_ascii=False)
+
+
+def text_of(message: dict) -> str:
+    """What a message says. Of a content that is a list of parts, those that are no text are thoughts."""
+    content = message.get("content") or ""
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content if part.get("type") in ("text", "output_text"))
+    return content.strip()
+
+
+def outside_thoughts(text: str) -> str:
+    """What a reasoning model says after its thoughts; raises Unusable if it did not come to their end."""
+    said = CLOSING.split(text)[-1]
+    if OPENING.search(said.partition("{")[0]):  # behind a brace it is the answer that speaks of a tag
+        raise Unusable(CUT, text)
+    return said.strip()
+
+
+def read_object(text: str) -> object:
+    """The one object that an answer consists of, fenced or not, after thoughts or prose; raises ValueError if none."""
+    read = partial(json.loads, strict=False, object_pairs_hook=refuse_double_keys)  # raw newlines in strings will do
+    try:
+        return read(text)  # first the whole: its strings may speak of tags and fences
+    except ValueError:
+        alone = ALONE.fullmatch(outside_thoughts(text))
+        return read(alone[1] if alone else "")
 
 
 def refuse_double_keys(pairs: list[tuple[str, object]]) -> dict:
@@ -186,7 +226,7 @@ def probability_of_one(choice: dict, verdict: int) -> float:
             raise ValueError
         return mass["1"] / (mass["0"] + mass["1"])
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, ZeroDivisionError) as e:
-        raise Unusable(NO_LOGPROBS) from e
+        raise Unusable(NO_LOGPROBS, "leave --graded out, or name another endpoint") from e
 
 
 def find_digit(tokens: list[dict]) -> tuple[int, str, str]:

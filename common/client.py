@@ -7,8 +7,10 @@ is ever taken for an answer. What a failed attempt leads to is decided in failur
 
 import argparse
 import asyncio
+import json
 import os
 import random
+import re
 import sys
 import time
 from collections.abc import Awaitable
@@ -17,8 +19,8 @@ from weakref import WeakValueDictionary
 from tqdm import tqdm
 
 from common.answers import TOP_LOGPROBS, A, Answer, GradedVerdict, Text, response_format, usable_text
-from common.endpoint import endpoint_name
-from common.failures import KEY_REFUSED, NOBODY_ANSWERS, Action, Failure, Unusable, diagnose
+from common.endpoint import endpoint_name, proxies_to
+from common.failures import NOBODY_ANSWERS, Action, Failure, Unusable, adapt, diagnose, what_to_change
 from common.prompts import render
 from common.run_folder import Stop, digest, fail, main_process
 from common.store import StoredAnswer, open_store
@@ -27,16 +29,21 @@ from common.throttle import Throttle
 MAX_WAIT = 60.0  # seconds; the longest pause between two attempts, whatever Retry-After says
 MAX_TOKENS = 1024  # of one answer
 OTHER_SEED = 1_000_003  # added to the seed of a question that is asked again
+MOST_WAITS = 30  # of one question for rate limits; more, and it is the question that is too large for them
+ALIKE = 8  # questions; if as many fail alike and none was ever answered, the next thousand would fail too
 
 
 class Client:
     """Asks roles, for one step of one run folder. Use it as `async with Client(args, "03") as client`."""
 
-    def __init__(self, args: argparse.Namespace, step: str):
-        """`step` is who pays: what is asked is booked in the ledger under it."""
+    def __init__(self, args: argparse.Namespace, step: str, flags: str = r"\g<0>"):
+        """`step` is who pays: what is asked is booked under it. `flags` replaces the agents' flags in error lines."""
         self.args = args
         self.model, self.endpoint = endpoint_name(args)
-        self.key = os.environ.get(args.api_key_env, "")
+        self.key = os.environ.get(args.api_key_env, "").strip()
+        if self.endpoint != "offline" and not (self.key.isascii() and self.key.isprintable()):
+            fail(f"the key in {args.api_key_env} holds characters that no key has: set it again")
+        self.flags = flags
         self.store = open_store(args, step)
         if main_process():
             self.store.settle()
@@ -52,7 +59,8 @@ class Client:
 
         self.reasons_told: set[str] = set()
         self.stop = ""  # why no further request may be sent
-        self.send_schemas = True  # until the endpoint refuses response_format
+        self.refused: set[str] = set()  # what is left out of every request, or renamed: see REFUSABLE
+        self.taken: set[str] = set()  # roles whose requests the endpoint has answered as they are now
 
     async def __aenter__(self):
         return self
@@ -78,22 +86,29 @@ class Client:
         async with self.connecting:
             if self.openai:
                 return
+            import httpx2
             import openai
 
             if self.endpoint == "offline":
                 from common.offline.critic import transport
 
-                address = "http://offline.invalid/v1"
+                address, route = "http://offline.invalid/v1", ""
                 http = openai.DefaultAsyncHttpxClient(transport=transport())
             else:
-                address = self.endpoint
-                http = openai.DefaultAioHttpClient()  # aiohttp below openai's client halves what a request costs
+                address, route = self.endpoint, proxies_to(self.endpoint)
+                certificates = httpx2.create_ssl_context()
+                try:  # aiohttp below openai's client halves what a request costs
+                    http = openai.DefaultAioHttpClient(trust_env=bool(route), verify=certificates)
+                except (ValueError, httpx2.InvalidURL):
+                    raise self._stop_run(f"cannot be asked{route}: name an http:// proxy there, or none") from None
+            for name in ("OPENAI_CUSTOM_HEADERS", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+                os.environ.pop(name, None)  # openai's client would send them to every address that it talks to
             # Without retries: they are made here, where every attempt is booked.
             self.openai = openai.AsyncOpenAI(
                 base_url=address, api_key=self.key or "none", timeout=self.args.timeout, max_retries=0, http_client=http
             )
             if self.endpoint != "offline" and not await self._answers():
-                raise self._stop_run("does not answer; start a server, name one with --base-url, or use --offline")
+                raise self._stop_run(f"does not answer{route}; start it, name one with --base-url, or use --offline")
 
     async def _answers(self) -> bool:
         """Whether anybody answers at the endpoint; raises Stop if the key is refused."""
@@ -102,12 +117,12 @@ class Client:
         try:
             async with asyncio.timeout(self.args.timeout):
                 await self.openai.models.list()
-        except (openai.AuthenticationError, openai.PermissionDeniedError):
-            raise self._stop_run(KEY_REFUSED) from None
+        except openai.AuthenticationError as e:
+            raise self._stop_run(diagnose(e).message) from None
         except (openai.APIConnectionError, TimeoutError):
             return False
         except (openai.APIError, AttributeError, TypeError, ValueError):
-            pass  # an answer: not every server lists its models
+            pass  # an answer: not every server lists its models, or not for every key
         return True
 
     async def _wait_for_endpoint(self) -> None:
@@ -153,6 +168,7 @@ class Client:
                     stored = await self._insist(key, role, request, answer)
                 except Unusable as e:
                     self.failed[key] = str(e)
+                    self._stop_if_all_fail_alike(role, e)
                     raise
         text, *tokens = stored
         self.answered[key] = tuple(tokens)
@@ -160,37 +176,36 @@ class Client:
 
     async def _insist(self, key: str, role: str, request: dict, answer: type[Answer]) -> StoredAnswer:
         """Send the request until a usable answer comes, as often as its failures and --attempts allow."""
-        attempt = 1
+        attempt, waits = 1, 0
         while True:
-            async with self.throttle:
+            async with self.throttle.place(first=attempt > 1):
                 # Checked here because much can happen while a request waits for its turn.
                 self._check_stop()
-                if not self.send_schemas:
-                    request.pop("response_format", None)  # each prompt names the keys of its answer too
                 sent = time.monotonic()
-                outcome = await self._attempt(key, role, request, answer)
+                outcome = await self._send_as_taken(key, role, request, answer)
                 if not isinstance(outcome, Failure):
                     return outcome
 
-                failure, backoff = outcome, min(MAX_WAIT, 0.5 * 2**attempt) * random.uniform(0.5, 1.0)
+                failure, backoff = outcome, min(MAX_WAIT, 0.5 * 2 ** (attempt + waits)) * random.uniform(0.5, 1.0)
                 pause = min(MAX_WAIT, max(backoff, failure.retry_after))
-                if failure.action is Action.SLOW_DOWN:
-                    self.throttle.limited(sent, pause)  # before this place is free, or another request slips through
+                if failure.action in (Action.SLOW_DOWN, Action.TAKE_FEWER):
+                    # Before this place is free, or another request slips through.
+                    self.throttle.limited(sent, pause if failure.action is Action.SLOW_DOWN else 0.0)
 
             # Failures that are not the question's fault cost it no attempt.
             if failure.action is Action.STOP:
                 raise self._stop_run(failure.message.replace("{model}", self.model))
-            if failure.message:
-                self._tell_once(role, failure.reason, failure.message)
             if failure.action is Action.WAIT_FOR_ENDPOINT:
                 await self._wait_for_endpoint()
                 continue
-            if failure.action is Action.DROP_SCHEMA and "response_format" in request:
-                self.send_schemas = False
+            if failure.action is Action.SLOW_DOWN and waits < MOST_WAITS:
+                waits += 1
                 continue
 
+            if failure.message:
+                self._tell_once(role, failure.reason, failure.message)
             if attempt >= min(failure.action.attempts, self.args.attempts):
-                raise Unusable(failure.reason)
+                raise Unusable(failure.reason, failure.message)
             attempt += 1
             if failure.action is Action.RESAMPLE:
                 request["seed"] += OTHER_SEED
@@ -200,9 +215,28 @@ class Client:
             else:
                 await asyncio.sleep(pause)
 
+    async def _send_as_taken(self, key: str, role: str, request: dict, answer: type[Answer]) -> StoredAnswer | Failure:
+        """An attempt without what the endpoint refuses; what is found to be refused is left out from then on."""
+        tried: dict[str, str] = {}  # what this request goes without, on trial -> the words that refused it
+        while True:
+            as_sent = adapt(request, self.refused | tried.keys())
+            outcome = await self._attempt(key, role, as_sent, answer)
+            action = outcome.action if isinstance(outcome, Failure) else None
+            if action in (None, Action.RESAMPLE, Action.ALLOW_MORE_TOKENS):  # it was taken, whatever came of it
+                self.taken.add(role)
+                self.refused |= tried.keys()
+                for name, words in tried.items():
+                    self._tell_once(role, f"takes no {name}", f"left out or sent in another form from now on ({words})")
+            change = what_to_change(as_sent, outcome.message) if action is Action.CHANGE_REQUEST else ""
+            # A role that is taken may still meet what another question has found out meanwhile.
+            if not change or (role in self.taken and change not in self.refused):
+                return outcome
+            tried[change] = outcome.message
+
     async def _attempt(self, key: str, role: str, request: dict, answer: type[Answer]) -> StoredAnswer | Failure:
         """One request, noted before it is sent and booked after, whatever comes of it."""
         import httpx2
+        import openai
 
         booked_as, tokens, to_keep = "cancelled", (0, 0), {}
         number = self.store.begin(role)
@@ -211,11 +245,17 @@ class Client:
             async with asyncio.timeout(self.args.timeout):
                 # chat.completions.create() checks the schema of every request again, which takes most of its time.
                 reply = await self.openai.post("/chat/completions", body=request, cast_to=httpx2.Response)
-            completion = reply.json()
+            completion = json.loads(self._without_key(reply.content.decode()))
+            if completion.get("error"):
+                raise openai.APIStatusError("", response=reply, body=completion["error"])
             usage = completion.get("usage") or {}
-            tokens = (usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0)
+            asked, said = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
+            # A total that is not broken down counts as output, the dearer of the two.
+            tokens = (asked, said or max(0, (usage.get("total_tokens") or 0) - asked))
             text = usable_text(completion, answer)
             booked_as, to_keep = "ok", {"key": key, "text": text}
+            if self.args.budget is not None and not any(tokens):
+                raise self._stop_run("reports no usage, so that no --budget can be kept: run again without one")
             self.throttle.answered()
             return text, *tokens
         except Exception as e:
@@ -224,6 +264,12 @@ class Client:
             return failure
         finally:
             self.store.end(number, role, booked_as, tokens, **to_keep)
+
+    def _stop_if_all_fail_alike(self, role: str, error: Unusable) -> None:
+        """Raises Stop where the first questions all fail for one reason, and this role was never answered before."""
+        alike = len(self.failed) >= ALIKE and len(set(self.failed.values())) == 1 and not self.answered
+        if alike and not self.store.ledger(role)["outcomes"].get("ok"):
+            raise self._stop_run(f"answers none of the first {ALIKE} questions: {error} ({error.detail})")
 
     def _check_stop(self) -> None:
         """Raises Stop once the run has to stop: the endpoint refuses everybody, or the --budget is spent."""
@@ -238,15 +284,19 @@ class Client:
 
     def _stop_run(self, why: str) -> Stop:
         """The error to raise where the endpoint will answer nobody; no further request is sent."""
-        self.stop = f"{self.endpoint} {why}"
+        why = re.sub("--(base-url|model|api-key-env)", self.flags, why)
+        self.stop = self._without_key(f"{self.endpoint} {why}")[:400]
         return Stop(self.stop)
 
     def _tell_once(self, role: str, reason: str, message: str) -> None:
-        """One line on stderr for each reason, without the key, which an endpoint may repeat in its error."""
+        """One line on stderr for each reason."""
         if reason not in self.reasons_told:
             self.reasons_told.add(reason)
-            text = message.replace(self.key, "***") if self.key else message
-            tqdm.write(f"{role}: {reason}: {text[:200]}", file=sys.stderr)
+            tqdm.write(f"{role}: {reason}: {self._without_key(message)[:200]}", file=sys.stderr)
+
+    def _without_key(self, text: str) -> str:
+        """An endpoint may repeat the key, in an error or in an answer."""
+        return text.replace(self.key, "***") if self.key else text
 
 
 async def gather_all(*work: Awaitable) -> list:

@@ -17,7 +17,6 @@ from common.records import Candidate, Judgement, Reference
 from common.run_folder import fail
 
 ROLES = ["positive", "negative", "judge", "reflect"]
-BATCH = 512  # queries whose likeness to every reference is in memory at once
 
 
 class Retrieval:
@@ -35,28 +34,22 @@ class Retrieval:
 
     def look_up(self, queries: list[str]) -> None:
         """Find the nearest references of all queries, once, before the debates: one by one takes 100 times longer."""
-        import numpy as np
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.neighbors import NearestNeighbors
 
+        if not queries:
+            return
         reference_queries = [reference.query for reference in self.references]
         if self.embedding_model:
             embed = load_embedding(self.embedding_model)
-            index = embed(reference_queries).T
         else:
-            from sklearn.feature_extraction.text import TfidfVectorizer
-
             vectorizer = TfidfVectorizer(analyzer="char", ngram_range=(1, 2), sublinear_tf=True)
-            index = vectorizer.fit_transform(reference_queries).T
-            embed = vectorizer.transform
-
-        for start in range(0, len(queries), BATCH):
-            batch = queries[start : start + BATCH]
-            likeness = embed(batch) @ index  # (queries, references); sparse for TF-IDF
-            if not isinstance(likeness, np.ndarray):
-                likeness = likeness.toarray()
-            for query, row in zip(batch, likeness, strict=True):
-                top = np.argpartition(-row, self.pool_size - 1)[: self.pool_size]
-                ranked = top[np.lexsort((top, -row[top]))]  # ties in the order of the file
-                self.nearest[query] = [(i, round(float(row[i]), 4)) for i in ranked.tolist()]
+            embed = vectorizer.fit(reference_queries).transform
+        index = NearestNeighbors(n_neighbors=self.pool_size, metric="cosine").fit(embed(reference_queries))
+        distances, places = index.kneighbors(embed(queries))
+        for query, near, at in zip(queries, distances.tolist(), places.tolist(), strict=True):
+            ranked = sorted(zip(near, at, strict=True))  # ties in the order of the file
+            self.nearest[query] = [(place, round(1 - distance, 4)) for distance, place in ranked]
 
     def __call__(self, query: str, response: str) -> list[Reference]:
         """The k references to show; never one for the very query or with the very text that is judged."""
@@ -83,12 +76,8 @@ def load_embedding(name: str) -> Callable:
 
 def roles_asked(debate: bool = True, reflect: bool = True) -> tuple[str, ...]:
     """The agents that are left where an ablation leaves some out."""
-    left_out = set()
-    if not debate:
-        left_out |= {"positive", "negative"}
-    if not reflect:
-        left_out.add("reflect")
-    return tuple(role for role in ROLES if role not in left_out)
+    sides = ("positive", "negative") if debate else ()
+    return (*sides, "judge", "reflect") if reflect else (*sides, "judge")
 
 
 read_prompt_hashes = lru_cache(prompt_hashes)  # read once per process, as the prompts themselves are

@@ -4,7 +4,9 @@ Two users: `Writer` writes the greetings of steps 1 and 5, `adapter_sync` the ro
 """
 
 import argparse
+import gc
 import importlib.util
+import json
 import os
 import shutil
 import tempfile
@@ -13,13 +15,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.policy import MAX_PROMPT, from_pretrained, generate, load_base, load_policy, load_tokenizer
+from common.policy import MAX_PROMPT, from_pretrained, generate, load_policy, load_tokenizer, save_adapter
 from common.records import Messages
-from common.run_folder import ROOT, digest, fail
+from common.run_folder import ROOT, Stop, digest, fail
 
 DEQUANTISED = ROOT / "outputs" / "dequantised"  # rollout bases, shared by every run
+USUAL_RANK = 16  # of an adapter, as 04_grpo.py makes it by default
 TRL_VERSION = "1.16.0"  # whose VLLMGeneration `adapter_sync` was written against
-WRITER_RANK = 64  # largest adapter that `Writer` can serve
 ENGINE_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM makes room for an adapter in these sizes only
 
 
@@ -47,17 +49,21 @@ def rollout_base(base: str, bits: int) -> str:
         return base
     import bitsandbytes
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     revision = getattr(from_pretrained(AutoConfig, base), "_commit_hash", None)
-    weights = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in Path(base).glob("*.safetensors"))
-    folder = DEQUANTISED / digest(base, revision, weights, bitsandbytes.__version__)
+    files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in Path(base).glob("*.*"))
+    folder = DEQUANTISED / digest(base, revision, files, bitsandbytes.__version__)
     if folder.is_dir():
         return str(folder)
     DEQUANTISED.mkdir(parents=True, exist_ok=True)
+    for left in DEQUANTISED.glob("tmp*"):  # by a process that was killed; one that is still writing is younger
+        if time.time() - left.stat().st_mtime > 3600:
+            shutil.rmtree(left)
     scratch = Path(tempfile.mkdtemp(dir=DEQUANTISED))
-    load_base(AutoModelForCausalLM, base, 4).dequantize().to(torch.bfloat16).save_pretrained(scratch)
-    load_tokenizer(base).save_pretrained(scratch)
+    model, tokenizer = load_policy(base, 4)
+    model.dequantize().to(torch.bfloat16).save_pretrained(scratch)
+    tokenizer.save_pretrained(scratch)
     try:
         scratch.rename(folder)
     except OSError:  # another process was quicker
@@ -66,7 +72,7 @@ def rollout_base(base: str, bits: int) -> str:
     return str(folder)
 
 
-def engine_class(base: str, bits: int, rank: int) -> type:
+def engine_class(base: str, bits: int, rank: int, seed: int) -> type:
     """vLLM's LLM, serving the rollout base of `base` with one LoRA adapter at a time, of this rank at most.
 
     Call it before anything imports vLLM: it sets the environment that vLLM reads then.
@@ -88,6 +94,8 @@ def engine_class(base: str, bits: int, rank: int) -> type:
     settings = {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": room[0]}
     settings |= {"dtype": "bfloat16" if cuda or bits == 4 else "float32", "enforce_eager": not cuda}
     settings |= {"model": rollout_base(base, bits), "quantization": None}  # TRL's own would quantise the base again
+    # Without a seed vLLM sets every generator of the process to 0. The head is in fp32 here as in the trainer.
+    settings |= {"seed": seed, "hf_overrides": {"head_dtype": "float32"}}
 
     class AdapterLLM(LLM):
         def __init__(self, **options):
@@ -108,6 +116,13 @@ def engine_class(base: str, bits: int, rank: int) -> type:
                 self.llm_engine.add_lora(self.adapter)
             self.reset_prefix_cache()
 
+        def close(self) -> None:
+            """Give the memory back: Python alone would not, as vLLM holds references to itself (vllm#21073)."""
+            self.llm_engine.engine_core.shutdown()
+            gc.collect()
+            if cuda:
+                torch.cuda.empty_cache()
+
         def generate(self, *inputs, **options):
             return super().generate(*inputs, lora_request=self.adapter, **options)
 
@@ -120,7 +135,7 @@ def engine_class(base: str, bits: int, rank: int) -> type:
 
 
 @contextmanager
-def adapter_sync(base: str, bits: int, rank: int) -> Iterator[None]:
+def adapter_sync(base: str, bits: int, rank: int, seed: int) -> Iterator[None]:
     """Build a GRPO trainer within it: TRL then writes with the rollout base, and each step it sends the adapter alone.
 
     TRL itself merges the adapter into the base and pushes all weights, which loses precision or fails on 4 bits
@@ -131,7 +146,7 @@ def adapter_sync(base: str, bits: int, rank: int) -> Iterator[None]:
 
     if trl.__version__ != TRL_VERSION:
         fail(f"--engine vllm needs trl {TRL_VERSION}, this is {trl.__version__}: install that one, or use --engine hf")
-    engine = engine_class(base, bits, rank)  # before TRL imports vLLM
+    engine = engine_class(base, bits, rank, seed)  # before TRL imports vLLM
     from trl.generation import vllm_generation
     from trl.trainer import grpo_trainer
 
@@ -149,8 +164,10 @@ def adapter_sync(base: str, bits: int, rank: int) -> Iterator[None]:
                 self._llm_weights_sleeping = False
             previous = Path(self.scratch.name, str(self.llm.swaps))
             folder = Path(self.scratch.name, str(self.llm.swaps + 1))
-            self.model.save_pretrained(folder, selected_adapters=["default"])
+            save_adapter(self.model, folder)
             self.llm.use(folder)
+            if self.llm.swaps not in self.llm.llm_engine.list_loras():
+                raise Stop("the engine did not take the adapter: its rollouts would not be the policy's")
             shutil.rmtree(previous, ignore_errors=True)
             size = sum(file.stat().st_size for file in folder.iterdir())
             self.syncs.append((time.perf_counter() - started, size))
@@ -163,6 +180,16 @@ def adapter_sync(base: str, bits: int, rank: int) -> Iterator[None]:
         vllm_generation.LLM, grpo_trainer.VLLMGeneration = originals
 
 
+def free_share() -> float:
+    """The part of a GPU's memory that `Writer`'s engine may take: most of what is free beside a judge's server."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0.3  # not used: VLLM_CPU_KVCACHE_SPACE sizes the CPU build's cache
+    free, total = torch.cuda.mem_get_info()
+    return 0.85 * free / total
+
+
 class Writer:
     """Writes with any base and any of its adapters: by vLLM where that is chosen, else by transformers.
 
@@ -172,6 +199,13 @@ class Writer:
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.loaded = None  # the base in the engine, or (base, adapter) with transformers
+        self.engine = self.model = None
+
+    def close(self) -> None:
+        """Give back the memory of what is loaded."""
+        if self.engine:
+            self.engine.close()
+        self.engine = self.model = self.loaded = None
 
     def __call__(
         self, base: str, adapter: Path | None, prompts: list[Messages], *, temperature: float, seed: int, progress: str
@@ -185,20 +219,25 @@ class Writer:
             sampling = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed, "progress": progress}
             return generate(self.model, self.tokenizer, prompts, batch_size=self.args.batch_size_generate, **sampling)
 
-        if self.loaded != base:
-            self.engine = None  # an earlier one gives its memory back before the next takes its own
-            kind = engine_class(base, self.args.bits, WRITER_RANK)
-            sizes = {"max_model_len": max_tokens + 2 * MAX_PROMPT, "gpu_memory_utilization": 0.5}
-            self.engine = kind(model=base, seed=self.args.seed, **sizes)
+        rank = json.loads((adapter / "adapter_config.json").read_text())["r"] if adapter else USUAL_RANK
+        if self.loaded != base or rank > self.rank:
+            self.close()  # an earlier engine gives its memory back before the next takes its own
             self.tokenizer = load_tokenizer(base)
-            self.loaded = base
+            kind = engine_class(base, self.args.bits, rank, self.args.seed)
+            sizes = {"max_model_len": max_tokens + 2 * MAX_PROMPT, "max_num_seqs": 4 * self.args.batch_size_generate}
+            self.engine = kind(model=base, gpu_memory_utilization=free_share(), **sizes)
+            self.loaded, self.rank = base, rank
         from vllm import SamplingParams
 
         self.engine.use(adapter)
-        texts, sampling = [], []
+        # By itself vLLM stops at what the generation config names, see load_policy.
+        how = {"stop_token_ids": [self.tokenizer.eos_token_id, self.tokenizer.pad_token_id], "max_tokens": max_tokens}
+        inputs, sampling = [], []
         for number, prompt in enumerate(prompts):
-            texts.append(self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False))
+            # Token ids, because to a text vLLM would add a second BOS.
+            tokens = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]
+            inputs.append({"prompt_token_ids": tokens})
             # A seed for each prompt, so that a text does not depend on what else is being written.
-            sampling.append(SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed + number))
-        outputs = self.engine.generate(texts, sampling_params=sampling, use_tqdm=bool(progress))
+            sampling.append(SamplingParams(temperature=temperature, seed=seed + number, **how))
+        outputs = self.engine.generate(inputs, sampling_params=sampling, use_tqdm=bool(progress))
         return [output.outputs[0].text.strip() for output in outputs]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from common import records, run_folder
 from common.answers import Text, Unusable
 from common.client import Client, gather_all
-from common.endpoint import add_endpoint_flags, address
+from common.endpoint import add_endpoint_flags, address, variable
 from common.engine import Writer, add_engine_flag, choose_engine
 from common.policy import add_policy_flags, check_adapter, find_policy
 from common.prompts import conversation, prompt_hashes
@@ -29,7 +29,7 @@ class Policy(NamedTuple):
     name: str
     base: str = ""
     adapter: Path | None = None
-    api: tuple[str, str] | None = None  # (model, endpoint)
+    api: tuple[str, str, str] | None = None  # (model, endpoint, variable of its key or "")
 
     @property
     def reward(self) -> str | None:
@@ -53,9 +53,9 @@ class Greeting(records.Record):
 def parse_greeting_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Add the flags of every script in which policies write to be compared, and parse the command line."""
     who = parser.add_argument_group("policies").add_argument
-    folders, models = "further policies: adapter folders or models", "further ones behind an OpenAI-compatible endpoint"
+    folders, models = "further policies: adapter folders or models", "others at an endpoint; KEY: variable of its key"
     who("--policies", type=_named, nargs="*", default=[], metavar="NAME=PATH", help=folders)
-    who("--api", type=_named_api, nargs="*", default=[], metavar="NAME=MODEL@URL", help=models)
+    who("--api", type=_named_api, nargs="*", default=[], metavar="NAME=MODEL@URL[,KEY]", help=models)
     how = parser.add_argument_group("greetings").add_argument
     how("--samples", type=run_folder.positive, default=2, help="greetings per policy and query (%(default)s)")
     how("--temperature", type=float, default=1.0, help="%(default)s")
@@ -77,13 +77,13 @@ def _named(text: str) -> tuple[str, str]:
     return name, path
 
 
-def _named_api(text: str) -> tuple[str, tuple[str, str]]:
-    """argparse type: NAME=MODEL@URL."""
-    name, model_and_url = _named(text)
-    model, _, url = model_and_url.rpartition("@")
-    if not model:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=MODEL@URL")
-    return name, (model, address(url))
+def _named_api(text: str) -> tuple[str, tuple[str, str, str]]:
+    """argparse type: NAME=MODEL@URL or NAME=MODEL@URL,KEY. What is wrong is not shown: there may be a key in it."""
+    match = re.fullmatch(r"(\w[\w.-]*)=(.+)@([^@,]+)(?:,(.*))?", text)
+    if not match:
+        raise argparse.ArgumentTypeError("not NAME=MODEL@URL, or NAME=MODEL@URL,KEY")
+    name, model, url, key = match.groups()
+    return name, (model, address(url), variable(key) if key is not None else "")
 
 
 # ---- policies -------------------------------------------------------------------------------------------------------
@@ -94,12 +94,12 @@ def present_policies(args: argparse.Namespace, base: str) -> list[Policy]:
     policies = [Policy("base", base)]
     for name, (folder, reward) in OWN.items():
         adapter = args.run / folder
-        if find_policy(adapter)[1]:
+        if find_policy(adapter)[1] and not run_folder.unfinished(args.run, f"04_{reward}"):
             check_adapter(adapter, base)
             policies.append(Policy(name, base, adapter))
         else:
             command = f"python 04_grpo.py --reward {reward} --run {args.run}"
-            print(f"policies: no {adapter}; make it with: {command}", file=sys.stderr)
+            print(f"policies: no finished {adapter}; make it with: {command}", file=sys.stderr)
     for name, path in args.policies:
         is_hub_name = not path.startswith((".", "/", "~"))
         policy = Policy(name, *find_policy(path))
@@ -107,8 +107,8 @@ def present_policies(args: argparse.Namespace, base: str) -> list[Policy]:
             policies.append(policy)
         else:
             print(f"policies: {path} holds no model and no adapter: going on without {name}", file=sys.stderr)
-    for name, model_and_url in args.api:
-        policies.append(Policy(name, api=model_and_url))
+    for name, place in args.api:
+        policies.append(Policy(name, api=place))
     for name, count in Counter(policy.name for policy in policies).items():
         if count > 1:
             run_folder.fail(f"two policies are named {name}; choose another name in --policies or --api")
@@ -120,14 +120,19 @@ def greeting_settings(args: argparse.Namespace, policy: Policy) -> dict:
     made_with = run_folder.settings(args, "greetings")
     made_with |= {"queries": run_folder.file_hash(args.queries), "prompts": prompt_hashes(["policy"], args.prompts)}
     if policy.api:
-        return made_with | {"api": policy.api}
+        return made_with | {"api": policy.api[:2]}
     weights = run_folder.file_hash(policy.adapter / "adapter_model.safetensors") if policy.adapter else ""
     return made_with | run_folder.settings(args, "models") | {"base": policy.base, "adapter": weights}
 
 
-def client_at(args: argparse.Namespace, step: str, model: str, url: str) -> Client:
-    """A client of another endpoint than the agents'; --offline does not hold for it."""
-    return Client(argparse.Namespace(**vars(args) | {"model": model, "base_url": url, "offline": False}), step)
+def client_at(args: argparse.Namespace, step: str, model: str, url: str, key: str, flags: str = "") -> Client:
+    """A client of another endpoint than the agents'; --offline does not hold for it.
+
+    `key` names the variable of its key. The agents' key is sent to no other address than theirs.
+    """
+    key = key or (args.api_key_env if url == args.base_url else "")
+    changed = {"model": model, "base_url": url, "api_key_env": key, "offline": False}
+    return Client(argparse.Namespace(**vars(args) | changed), step, flags or "--api NAME=MODEL@URL,KEY")
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------

@@ -4,10 +4,10 @@ import json
 import re
 from functools import lru_cache
 
-from common.run_folder import ROOT
+from common.run_folder import ROOT, read_text
 
 LEXICON_FILE = ROOT / "data" / "lexicon.json"
-LEXICON = json.loads(LEXICON_FILE.read_text(encoding="utf-8"))
+LEXICON = json.loads(read_text(LEXICON_FILE))
 OCCASIONS, RECIPIENTS = LEXICON["occasions"], LEXICON["recipients"]
 ADDRESS = LEXICON["forms_of_address"]  # words of address (a pattern) -> the recipients whom they fit
 STOCK = LEXICON["stock_phrases"].split()

@@ -1,19 +1,43 @@
-"""The GPU's memory: what a GRPO step will take, what there is, what was used."""
+"""The GPU's memory: what SFT or a GRPO step will take, what is free, and which settings fit into that."""
 
 import argparse
 import os
+import socket
 import subprocess
+from urllib.parse import urlsplit
 
 from common.endpoint import is_local
 from common.policy import DEFAULT_POLICY, MAX_PROMPT, from_pretrained
-from common.run_folder import fail, positive
+from common.run_folder import fail, main_process, positive, read_summary
 
 GIB = 1024**3
-CARD = 79.0  # GiB that a card of 80 GB shows: what is planned for where there is no GPU
+FREE = 0.98  # GiB that a card has free for each GB it is sold as
+CARD = 80 * FREE  # what is planned for where there is no GPU
+CONTEXT = 0.75 * GIB  # CUDA itself, in each process
+ELSEWHERE = "https://elsewhere.invalid/v1"  # stands for any endpoint that is not on this machine
 
-# The default model's architecture, so that its plan needs no download.
-QWEN_7B = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
-QWEN_7B |= {"num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False}
+# What a plan needs to know of a model; for these without a download.
+SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+SHAPE += ("vocab_size", "tie_word_embeddings")
+QWEN_1B, QWEN_HALF_B = "Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-0.5B-Instruct"
+SHAPES = {
+    DEFAULT_POLICY: (3584, 18944, 28, 28, 4, 152064, False),
+    QWEN_1B: (1536, 8960, 28, 12, 2, 151936, True),
+    QWEN_HALF_B: (896, 4864, 24, 14, 2, 151936, True),
+}
+# The best settings first: a GPU gets the first that fit. Sleep costs more time than smaller passes do, and generation
+# by transformers (hf) more than sleep. In 26 GiB a judge of 32B in 4 bits has room for few answers at once.
+SETTINGS: list[dict] = [
+    {"policy": DEFAULT_POLICY, "micro_batch": 32},
+    {"policy": DEFAULT_POLICY, "micro_batch": 16},
+    {"policy": DEFAULT_POLICY, "micro_batch": 8},
+    {"policy": DEFAULT_POLICY, "micro_batch": 8, "sleep": True},
+    {"policy": DEFAULT_POLICY, "micro_batch": 8, "engine": "hf", "judge_memory": 26},
+    {"policy": QWEN_1B, "micro_batch": 16},
+    {"policy": QWEN_1B, "micro_batch": 4, "sleep": True},
+    {"policy": QWEN_HALF_B, "micro_batch": 8},
+    {"policy": QWEN_HALF_B, "micro_batch": 8, "engine": "hf"},
+]
 
 
 def add_memory_flags(parser: argparse.ArgumentParser) -> None:
@@ -24,17 +48,25 @@ def add_memory_flags(parser: argparse.ArgumentParser) -> None:
     # tools/with_judge.sh reads the same variable. run.sh could not pass a flag that only step 4 knows.
     judge = os.environ.get("JUDGE_MEMORY") or "30"
     add("--judge-memory", type=float, default=judge, help="GiB for a judge on this GPU ($JUDGE_MEMORY, else 30)")
-    add("--gpu-memory", type=float, help=f"GiB of the GPU (the one there, else {CARD:g}: a card of 80 GB)")
+    add("--gpu-memory", type=float, help="GiB to plan for (what is free here; without a GPU, on a card of 80 GB)")
 
 
-def gpu_gib() -> float | None:
-    """Memory of the first visible GPU in GiB, as its driver reports it; None where there is none."""
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    command = ["nvidia-smi", "-i", first, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        return float(subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=60)) / 1024
-    except (OSError, ValueError, subprocess.SubprocessError):
+def gpu_gib() -> tuple[float, float] | None:
+    """(free, all) GiB of the first visible GPU, as its driver reports them; None where there is none to be used."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    if first in ("", "-1"):
         return None
+    command = ["nvidia-smi", "-i", first, "--query-gpu=memory.free,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        free, total = answer.stdout.split(",")
+        return float(free) / 1024, float(total) / 1024
+    except ValueError:
+        if "CUDA_VISIBLE_DEVICES" in os.environ:
+            fail(f"CUDA_VISIBLE_DEVICES={first}: nvidia-smi knows no such GPU; `nvidia-smi -L` lists those here")
+    except (OSError, subprocess.SubprocessError):
+        pass
+    return None
 
 
 def peak_gib() -> float | None:
@@ -45,48 +77,61 @@ def peak_gib() -> float | None:
 
 
 def plan(args: argparse.Namespace, base: str) -> dict[str, float]:
-    """GiB of each part on the GPU at the peak of a GRPO step. Arithmetic, not a measurement: see bench/memory.py."""
-    config = QWEN_7B
-    if base != DEFAULT_POLICY:
+    """GiB of each part on the GPU in SFT or in a GRPO step. Arithmetic, not a measurement: see bench/memory.py."""
+    config = dict(zip(SHAPE, SHAPES.get(base, ()), strict=False))
+    if not config:
         from transformers import AutoConfig
 
-        config = from_pretrained(AutoConfig, base).to_dict()
+        config = from_pretrained(AutoConfig, base).get_text_config().to_dict()
     hidden, wide, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
-    kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+    head = config.get("head_dim") or hidden // config["num_attention_heads"]
+    q, kv = head * config["num_attention_heads"], head * config["num_key_value_heads"]
     vocabulary = config["vocab_size"]
 
     # Parameters. A layer has four matrices of attention (query, output; key, value) and three of its MLP.
-    linear = layers * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * wide)
-    embedded = vocabulary * hidden * (1 if config["tie_word_embeddings"] else 2)
-    adapter = layers * args.rank * (4 * hidden + 2 * (hidden + kv) + 3 * (hidden + wide))
-    # NF4: half a byte per weight, and a scale of 4 bytes for each 64 of them; embeddings and head stay in bf16.
-    weights = 2 * embedded + linear * (0.5 + 4 / 64 if args.bits == 4 else 2)
+    linear = layers * (2 * hidden * q + 2 * hidden * kv + 3 * hidden * wide)
+    embedding = vocabulary * hidden
+    lm_head = 0 if config["tie_word_embeddings"] else embedding
+    adapter = layers * args.rank * (2 * (hidden + q) + 2 * (hidden + kv) + 3 * (hidden + wide))
+    # NF4: half a byte per weight, and a scale of 4 bytes for each 64 of them. Embeddings stay in bf16; the head, with
+    # the embeddings where it shares their weights, is in fp32.
+    nf4 = linear * (0.5 + 4 / 64)
+    weights = (nf4 if args.bits == 4 else 2 * linear) + (2 * embedding + 4 * lm_head if lm_head else 4 * embedding)
 
     # One pass of the trainer. Gradient checkpointing keeps the input of each layer, in bf16; one layer at a time is
-    # computed again, with its largest matrix dequantised. Logits exist as such, as softmax, and as gradients of both.
+    # computed again, with its largest matrix dequantised. TRL makes the logits in tiles of 4096 tokens x 32768, in
+    # fp32, beside the fp32 gradient of its input.
     length = MAX_PROMPT + args.max_tokens
-    tokens = args.micro_batch * length
-    checkpoints = layers * tokens * hidden * 2
+    tokens = length * (args.sft_batch_size if args.reward == "none" else args.micro_batch)
     one_layer = tokens * (16 * hidden + 6 * wide) * 2 + 2 * hidden * wide
-    logits = 4 * args.micro_batch * args.max_tokens * vocabulary * 2
+    working = layers * tokens * hidden * 2 + one_layer + 4 * (min(tokens, 4096) * 32768 + tokens * hidden)
+    without_gradient = (4 * hidden + 3 * wide) * 2  # bytes a token
 
     sizes = {
+        "CUDA itself": CONTEXT,
         "trainer: base": weights,
         "trainer: adapter, its gradient and Adam's two moments, fp32": 16 * adapter,
-        "trainer: adapter of the reference": 4 * adapter,
-        "trainer: activations": checkpoints + one_layer,
-        "trainer: logits": logits,
-        "CUDA itself": 1.5 * GIB,
+        "trainer: activations and a tile of logits": working,
+        # Each pass has another shape, so that memory which served one does not suit the next.
+        "trainer: gaps in memory, a guess": working / 4,
     }
-    if args.engine == "vllm":
-        completions = args.queries_per_step * args.samples
-        sizes["rollouts: base in bf16"] = 2 * (linear + embedded)
-        sizes["rollouts: KV cache of all completions"] = completions * length * 2 * layers * kv * 2
-        sizes["rollouts: vLLM's own activations and graphs"] = 2 * GIB
-    if args.reward == "rm":
-        sizes["reward model"] = weights + tokens * (4 * hidden + 3 * wide) * 2
-    if is_local(args):
-        sizes["judge's server"] = args.judge_memory * GIB
+    if args.reward != "none":
+        cache = args.queries_per_step * args.samples * length * 4 * layers * kv
+        sizes["trainer: adapter of the reference"] = 4 * adapter
+        if args.engine == "hf":  # all prompts in one pass, then token by token
+            prompts = args.queries_per_step * args.samples * MAX_PROMPT * without_gradient
+            sizes["rollouts: KV cache and a pass"] = max(cache, cache * MAX_PROMPT / length + prompts)
+        else:
+            sizes["rollouts: base in bf16"] = 2 * (linear + embedding + lm_head)
+            sizes["rollouts: KV cache of all completions"] = cache
+            sizes["rollouts: vLLM's own activations and graphs"] = 2 * GIB
+    if args.reward == "rm":  # it has the bits of step 2, and no LM head
+        in_4_bits = read_summary(args.rm, "calibration").get("bits", 4) == 4
+        sizes["reward model"] = (nf4 if in_4_bits else 2 * linear) + 2 * embedding + 4 * adapter
+        sizes["reward model: a pass"] = tokens * without_gradient
+    judged = args.reward == "judge" or (args.reward == "rm" and args.watch_every > 0)
+    if judged and is_local(args) and args.judge_memory:
+        sizes["judge's server"] = args.judge_memory * GIB + CONTEXT
     return {name: size / GIB for name, size in sizes.items()}
 
 
@@ -95,36 +140,81 @@ def rollouts(parts: dict[str, float]) -> float:
 
 
 def peak(args: argparse.Namespace, parts: dict[str, float]) -> float:
-    """GiB at once. With --sleep the engine and the trainer's working memory take turns."""
-    total = sum(parts.values())
-    if not args.sleep:
-        return total
-    return total - min(rollouts(parts), parts["trainer: activations"] + parts["trainer: logits"])
+    """GiB at once. Training and scoring take turns, and with them writing, if with --sleep or without an engine."""
+    turns = [parts["trainer: activations and a tile of logits"], parts.get("reward model: a pass", 0.0)]
+    if args.engine == "hf":
+        turns.append(rollouts(parts))
+    elif args.sleep:
+        turns.append(max(0.0, rollouts(parts) - 1))  # a GiB of graphs and workspaces stays
+    return sum(parts.values()) - sum(turns) + max(turns)
+
+
+def room(args: argparse.Namespace) -> tuple[argparse.Namespace, float, str]:
+    """(settings, GiB, the same in words) to plan with: --gpu-memory, or what is free on the GPU that is here.
+
+    Where the judge's server answers already, its memory is not free, and the settings ask for none beside that.
+    """
+    gpu = None if args.gpu_memory else gpu_gib()
+    if gpu is None:
+        return args, args.gpu_memory or CARD, f"{args.gpu_memory or CARD:.1f} GiB"
+    words = f"{gpu[0]:.1f} GiB" + (f" that are free, {gpu[1] - gpu[0]:.1f} are in use" if gpu[1] - gpu[0] > 1 else "")
+    address = urlsplit(args.base_url)
+    try:
+        if is_local(args):
+            socket.create_connection((address.hostname, address.port or 80), timeout=2).close()
+            args = argparse.Namespace(**vars(args) | {"judge_memory": 0})
+    except OSError:
+        pass
+    return args, gpu[0], words
+
+
+def first_fit(args: argparse.Namespace, base: str, have: float, choices: list[dict]) -> argparse.Namespace | None:
+    """The arguments, changed by the first of these settings with which a step takes at most `have` GiB."""
+    for settings in choices:
+        other = argparse.Namespace(**vars(args) | settings)
+        if peak(other, plan(other, settings.get("policy", base))) <= have:
+            return other
+    return None
 
 
 def check_fit(args: argparse.Namespace, base: str) -> tuple[str, str]:
-    """(the remedy, "" where a GRPO step fits; the peak beside the memory there is)."""
-    need, have = peak(args, plan(args, base)), args.gpu_memory or gpu_gib() or CARD
-    figures = f"{need:7.1f} GiB  at the peak, of {have:.1f} GiB (computed, not measured)"
+    """(the remedy, "" where a step fits; the peak beside the memory there is)."""
+    args, have, words = room(args)
+    need = peak(args, plan(args, base))
+    figures = f"{need:7.1f} GiB  at the peak, of {words} (computed, not measured)"
     if need <= have:
         return "", figures
-    # What costs least time comes first.
-    smaller = [n for n in (8, 4, 2, 1) if n < args.micro_batch]
-    changes: dict[str, dict] = {"--sleep": {"sleep": True}}
-    changes |= {f"--micro-batch {n}": {"micro_batch": n} for n in smaller}
-    changes |= {f"--sleep --micro-batch {n}": {"sleep": True, "micro_batch": n} for n in smaller}
-    for flags, change in changes.items():
-        other = argparse.Namespace(**{**vars(args), **change})
-        if peak(other, plan(other, base)) <= have:
-            return f"this does not fit; with {flags} it does", figures
-    return "this does not fit; take a smaller --policy, fewer --max-tokens, or a judge elsewhere (--base-url)", figures
+    # The least change first: of this policy's passes, then a row of the table, then either with a judge elsewhere.
+    choices = [{"sleep": True}, {"sleep": True, "micro_batch": 4}, {"engine": "hf"}, {"engine": "hf", "micro_batch": 4}]
+    for place in ({}, {"base_url": ELSEWHERE}):
+        other = first_fit(args, base, have, [settings | place for settings in [{}, *choices, *SETTINGS]])
+        if other is not None:
+            flags = ["--base-url ADDRESS (a judge elsewhere)"] if place else []
+            for name in ("policy", "engine", "sleep", "micro_batch", *["judge_memory"] * is_local(other)):
+                if vars(other)[name] != vars(args)[name]:
+                    flags.append(f"--{name.replace('_', '-')} {vars(other)[name]}".removesuffix(" True"))
+            return f"this does not fit; with {' '.join(flags)} it does", figures
+    return "this does not fit; use a larger GPU, end what uses this one, or use --offline", figures
+
+
+def check_gpu(args: argparse.Namespace, base: str) -> None:
+    """End with one line, before anything is loaded, where the GPU cannot be used or has no room for this step."""
+    import torch
+
+    if args.offline or not main_process() or gpu_gib() is None:
+        return
+    if not torch.cuda.is_available():
+        fail("torch cannot use the GPU that is here; `python tools/check.py` says why")
+    remedy, figures = check_fit(args, base)
+    if remedy:
+        fail(f"{figures.strip()}: {remedy}")
 
 
 def show_plan(args: argparse.Namespace, base: str) -> None:
     """Print each part and the peak; end with the remedy where it does not fit."""
-    for name, size in plan(args, base).items():
-        print(f"{size:7.1f} GiB  {name}")
     remedy, figures = check_fit(args, base)
+    for name, size in plan(room(args)[0], base).items():
+        print(f"{size:7.1f} GiB  {name}")
     print(figures)
     if remedy:
         fail(remedy)
@@ -136,4 +226,4 @@ def engine_share(args: argparse.Namespace, base: str) -> float:
 
     if args.engine != "vllm" or not torch.cuda.is_available():
         return 0.3  # not used: there is no vLLM, or its CPU build, whose cache VLLM_CPU_KVCACHE_SPACE sizes
-    return rollouts(plan(args, base)) / (args.gpu_memory or gpu_gib() or CARD)
+    return rollouts(plan(args, base)) * GIB / torch.cuda.mem_get_info()[1]

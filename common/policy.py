@@ -5,8 +5,10 @@ import json
 import os
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from common.records import Messages
-from common.run_folder import fail, positive
+from common.run_folder import ROOT, fail, file_hash, positive
 
 DEFAULT_POLICY = "Qwen/Qwen2.5-7B-Instruct"
 MAX_PROMPT = 256  # tokens of a policy's prompt
@@ -29,18 +31,35 @@ def policy_path(args: argparse.Namespace) -> str:
         from common.offline.tiny_model import tiny_policy
 
         args.policy = str(tiny_policy())
-    path = args.policy = args.policy or DEFAULT_POLICY
+    path = args.policy = model_folder(args.policy or DEFAULT_POLICY)
     if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
         fail(f"--policy {path} is not a folder; name one that save_pretrained wrote, or a model on the hub")
     return path
+
+
+def model_folder(path: str | Path) -> str:
+    """A model by its name on the hub or the whole path of its folder, however that is written.
+
+    A folder of the checkout from which this one was moved or copied is the one at the same place in this one.
+    """
+    folder = Path(path).expanduser()
+    for start in range(1, len(folder.parts) if folder.is_absolute() else 0):
+        here = ROOT.joinpath(*folder.parts[start:])
+        if (here / "config.json").is_file() and (not folder.is_dir() or file_hash(here) == file_hash(folder)):
+            return str(here)
+    return str(folder.resolve()) if folder.is_dir() else str(path)
 
 
 def find_policy(path: str | Path) -> tuple[str, Path | None]:
     """(base, adapter folder) of a policy: an adapter's folder names its own base; anything else is a base alone."""
     config = Path(path, "adapter_config.json")
     if not config.is_file():
-        return str(path), None
-    return json.loads(config.read_text())["base_model_name_or_path"], Path(path)
+        return model_folder(path), None
+    try:
+        with safe_open(config.with_name("adapter_model.safetensors"), "np"):  # fails where the file is cut off
+            return model_folder(json.loads(config.read_text())["base_model_name_or_path"]), Path(path)
+    except (OSError, ValueError, KeyError, SafetensorError) as e:
+        fail(f"the adapter in {path} is not whole: {e}; make it or copy it again")
 
 
 def check_adapter(adapter: Path, base: str) -> None:
@@ -48,7 +67,7 @@ def check_adapter(adapter: Path, base: str) -> None:
     made_for, folder = find_policy(adapter)
     if folder is None:
         fail(f"{adapter} holds no adapter; README's table of the five steps names the command that makes it")
-    if made_for != base:
+    if made_for != model_folder(base):
         fail(f"{adapter} was made for the base {made_for}, not {base}; pass --policy {made_for} or make it again")
 
 
@@ -59,6 +78,8 @@ def silence_libraries() -> None:
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # each step has new shapes
     if "WORLD_SIZE" not in os.environ:  # not started by `accelerate launch`: a trainer would split over every GPU
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     warnings.filterwarnings("ignore")
@@ -102,10 +123,31 @@ def load_base(kind, path: str, bits: int, **options):
 
 
 def load_tokenizer(path: str):
-    """The tokenizer of a base. It pads on the left, because generation goes on at the right."""
+    """The tokenizer of a base. It pads on the left, because generation goes on at the right.
+
+    Its EOS is what ends a turn, it has a pad token, and its chat template renders training and generation alike. All
+    of that is set in the tokenizer, because TRL renders and pads by itself.
+    """
     from transformers import AutoTokenizer
 
-    return from_pretrained(AutoTokenizer, path, padding_side="left")
+    tokenizer = from_pretrained(AutoTokenizer, path, padding_side="left")
+    if not tokenizer.chat_template:
+        fail(f"{path} has no chat template; name a model that was trained to chat with --policy")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    # Qwen3 and its like are to answer without thoughts.
+    tokenizer.chat_template = "{%- set enable_thinking = false %}" + tokenizer.get_chat_template()
+    chat = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
+    prompt = tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, tokenize=False)
+    completion = tokenizer.apply_chat_template(chat, tokenize=False).removeprefix(prompt).strip()
+    if not completion.startswith("答"):
+        fail(f"the chat template of {path} puts thoughts or tags before an answer; name another model with --policy")
+    # A chat model may come with its base's tokenizer, whose EOS is <|endoftext|> where a turn ends with <|im_end|>.
+    after = tokenizer.tokenize(completion[1:].strip())
+    if after and after[0] in tokenizer.get_added_vocab():
+        tokenizer.add_special_tokens({"eos_token": after[0]})
+    else:  # or training would teach no end
+        tokenizer.chat_template += "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+    return tokenizer
 
 
 def load_policy(path: str, bits: int, adapter: Path | None = None, trainable: bool = False):
@@ -113,11 +155,21 @@ def load_policy(path: str, bits: int, adapter: Path | None = None, trainable: bo
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
+    tokenizer = load_tokenizer(path)  # first, because what is wrong with it shows in a second
     model = load_base(AutoModelForCausalLM, path, bits)
+    # `generate` and TRL go by the generation config, which may not name the end of a turn, or a base's own EOS.
+    named = model.generation_config.eos_token_id
+    ends = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id, tokenizer.pad_token_id}
+    model.generation_config.eos_token_id = sorted(ends - {None})
     if adapter is not None:
         check_adapter(adapter, path)
         model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
-    return model, load_tokenizer(path)
+    return model, tokenizer
+
+
+def save_adapter(model, folder: Path) -> None:
+    """Save the adapter alone. PEFT would ask the hub at each call whether the base's embeddings are its own."""
+    model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
 
 
 def lora(rank: int, task: str, **options):
@@ -150,7 +202,7 @@ def generate(
 
     # Named here, because Qwen's generation_config.json has another top_p, top_k and penalty.
     sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
-    ending = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    ending = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": model.generation_config.eos_token_id}
     torch.manual_seed(seed)
     was_training = model.training
     model.eval()

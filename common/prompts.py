@@ -11,7 +11,7 @@ from pathlib import Path
 import jinja2.meta
 
 from common.records import Messages
-from common.run_folder import ROOT, fail, file_hash
+from common.run_folder import ROOT, fail, file_hash, read_text
 
 PROMPTS = ROOT / "prompts"
 
@@ -24,15 +24,13 @@ def _templates(path: Path) -> tuple[list[jinja2.Template], set[str]]:
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
     if not path.is_file():
         fail(f"{path} does not exist; restore it with: git checkout {path}")
+    text = read_text(path)
     try:
-        text = path.read_text(encoding="utf-8")
         # The whole file is parsed before its parts, so that an error names a line of the file.
         slots = jinja2.meta.find_undeclared_variables(environment.parse(text))
         parts = [environment.from_string(part.strip()) for part in re.split(r"^---\n", text, flags=re.M)]
     except jinja2.TemplateSyntaxError as e:
         fail(f"{path}:{e.lineno}: {e.message}")
-    except UnicodeDecodeError:
-        fail(f"{path}: not UTF-8; save the file as UTF-8")
     if len(parts) > 2:
         fail(f"{path}: more than one line '---'; only the one between the system message and the user's is allowed")
     return parts, slots
@@ -62,7 +60,7 @@ def read_rules(path: Path) -> list[str]:
     """The rules of a list file such as prompts/principles.md: the lines that begin with "- "."""
     if not path.is_file():
         fail(f"{path} does not exist; write one rule per line, each beginning with '- '")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = read_text(path).split("\n")
     rules = [line.strip()[2:].strip() for line in lines if line.strip().startswith("- ")]
     return rules or fail(f"{path} holds no rule; write one per line, each beginning with '- '")
 

@@ -4,8 +4,8 @@ A record is one JSON object on one line, and its `id` is a stable hash of its co
 by id. A record is appended and flushed as soon as it is ready; a file written whole goes through a temporary file.
 """
 
+import io
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -14,14 +14,14 @@ import jsonlines
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import TypedDict
 
-from common.run_folder import digest, fail, main_process
+from common.run_folder import digest, fail, replace_file, valid_unicode
 
 
 class Record(BaseModel):
     """A line of a JSONL file. Keys that the model does not know are kept: users may carry their own."""
 
     model_config = ConfigDict(extra="allow", str_strip_whitespace=True)
-    id: str = ""
+    id: str = Field(default="", coerce_numbers_to_str=True)
 
     @model_validator(mode="after")
     def _fill_id(self):
@@ -55,7 +55,7 @@ class Labelled(Record):
 class Candidate(Record):
     query: str = Field(min_length=1)
     response: str = Field(min_length=1)
-    query_id: str = ""
+    query_id: str = Field(default="", coerce_numbers_to_str=True)
     source: str = ""
     temperature: float | None = None
 
@@ -135,55 +135,73 @@ class Demonstration(Record):
 R = TypeVar("R", bound=Record)
 
 
-def read(path: Path | str, kind: type[R], made_by: str = "", unique: bool = True) -> list[R]:
+def read(path: Path | str, kind: type[R], made_by: str = "", unique: bool | dict = True) -> list[R]:
     """All records of a JSONL file, ids filled in; exit code 2 with file, line and remedy if one cannot be used.
 
-    `made_by`, the command that makes the file, is named where it is missing or empty. `unique`: refuse one id twice.
+    `made_by`, the command that makes the file, is named where it is missing or empty. `unique`: refuse one id twice;
+    with a dict, which several files may share, only for another text.
     """
     return list(stream(path, kind, made_by, unique))
 
 
-def stream(path: Path | str, kind: type[R], made_by: str = "", unique: bool = True) -> Iterator[R]:
+def stream(path: Path | str, kind: type[R], made_by: str = "", unique: bool | dict = True) -> Iterator[R]:
     """The same records one at a time, for files too large to hold in memory."""
     path = Path(path)
     remedy = f"; make it with: {made_by}" if made_by else ""
     if not path.is_file():
         fail(f"{path} does not exist{remedy}")
-    first_line: dict[str, int] = {}
+    first = unique if isinstance(unique, dict) else {}  # id -> (place, what may come again under it)
     empty = True
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = kind.model_validate(json.loads(line))
-            except UnicodeDecodeError:
-                fail(f"{path}:{number}: not UTF-8; save the file as UTF-8")
-            except json.JSONDecodeError as e:
-                fail(f"{path}:{number}: not JSON ({e.msg} at column {e.colno}); fix or delete that line")
-            except ValidationError as e:
-                first = e.errors(include_url=False, include_input=False)[0]
-                field = ".".join(map(str, first["loc"])) or "record"
-                required = ", ".join(name for name, f in kind.model_fields.items() if f.is_required())
-                message = first["msg"].removeprefix("Value error, ")
-                fail(f"{path}:{number}: {field}: {message}; a {kind.__name__.lower()} needs {required}")
-            if unique and record.id in first_line:
-                fail(f"{path}:{number}: same id as line {first_line[record.id]} ({record.id}); delete one of the two")
-            if unique:
-                first_line[record.id] = number
-            empty = False
-            yield record
+    for place, row in numbered_rows(path):
+        try:
+            record = kind.model_validate(row)
+        except ValidationError as e:
+            problem = e.errors(include_url=False, include_input=False)[0]
+            field = ".".join(map(str, problem["loc"])) or "record"
+            required = [name for name, f in kind.model_fields.items() if f.is_required()]
+            advice = f"a {kind.__name__.lower()} needs {', '.join(required)}"
+            if problem["loc"] and problem["loc"][0] not in required:
+                advice = "correct it or leave it out"
+            fail(f"{place}: {field}: {problem['msg'].removeprefix('Value error, ')}; {advice}")
+        if unique is not False:
+            content = place if unique is True else digest(*record.content())
+            first_place, first_content = first.setdefault(record.id, (place, content))
+            if content != first_content:
+                fail(f"{place}: same id as {first_place} ({record.id}); delete one, or give it an id of its own")
+        empty = False
+        yield record
     if empty:
         fail(f"{path} is empty{remedy}")
 
 
+def numbered_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """(FILE:LINE, row) of every line that is not blank; exit code 2 with file and line if one is not JSON.
+
+    A line ends at "\\n" alone, unlike those of splitlines(). Joined files may have a byte order mark in any line.
+    """
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            place = f"{path}:{number}"
+            try:
+                text = line.decode().lstrip("\ufeff").strip()
+                row = json.loads(text) if text else None
+            except UnicodeDecodeError:
+                fail(f"{place}: not UTF-8; save the file as UTF-8")
+            except json.JSONDecodeError as e:
+                fail(f"{place}: not JSON ({e.msg} at column {e.colno}); fix or delete that line")
+            if "\\u" in text:  # only an escape can name half of a character
+                row = json.loads(as_json(row))
+            if text:
+                yield place, row
+
+
 def read_lines(path: Path) -> list[dict]:
     """The rows of a JSONL file that one of our steps, or a trainer, wrote; none where there is no file."""
-    if not path.is_file():
-        return []
-    # not splitlines(): that also splits at U+2028, which JSON leaves as it is inside a string
-    rows = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(row) for row in rows if row]
+    return [row for _, row in numbered_rows(path)] if path.is_file() else []
+
+
+def as_json(row: dict) -> str:
+    return valid_unicode(json.dumps(row, ensure_ascii=False))
 
 
 class Appender:
@@ -212,7 +230,7 @@ class Appender:
         self.file.truncate(good)
 
     def __call__(self, record: Record) -> None:
-        self.file.write(record.model_dump_json().encode() + b"\n")
+        self.file.write(as_json(record.model_dump()).encode() + b"\n")
         self.file.flush()
         self.done.add(record.id)
 
@@ -225,13 +243,10 @@ class Appender:
 
 def write(path: Path, records: Iterable[Record | dict]) -> None:
     """Write a JSONL file whole or not at all; of several processes only the first."""
-    if not main_process():
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with jsonlines.open(temporary, "w", dumps=lambda o: json.dumps(o, ensure_ascii=False)) as out:
-        out.write_all(r.model_dump(exclude_none=True) if isinstance(r, Record) else r for r in records)
-    os.replace(temporary, path)
+    lines = io.StringIO()
+    with jsonlines.Writer(lines, dumps=as_json) as writer:
+        writer.write_all(r.model_dump(exclude_none=True) if isinstance(r, Record) else r for r in records)
+    replace_file(path, lines.getvalue())
 
 
 PARTS = {"reflect": 0.4, "validation": 0.3, "test": 0.3}  # shares of the labelled queries

@@ -66,27 +66,26 @@ class RewardModel:
     deviations, the second below 0.05.
     """
 
-    def __init__(self, folder: Path, base: str, bits: int, prompts: Path, calibrated: bool = True):
+    def __init__(self, folder: Path, base: str, prompts: Path, bits: int = 0):
+        """`bits` of the base are those that it was trained with; named here only before it is calibrated."""
         from peft import PeftModel
         from transformers import AutoModelForSequenceClassification
 
         check_adapter(folder, base)
-        self.bits, self.prompts, self.calibration_file = bits, prompts, folder / "calibration.json"
-        if calibrated:
+        self.prompts, self.calibration_file = prompts, folder / "calibration.json"
+        if not bits:
             if not self.calibration_file.is_file():
                 run_folder.fail(
                     f"{self.calibration_file} is missing: the training did not end; run 02_train_rm.py again"
                 )
             self.calibration = json.loads(self.calibration_file.read_text())
-            if self.calibration["bits"] != bits:
-                trained = f"{folder} was trained with --bits {self.calibration['bits']}, not {bits}"
-                run_folder.fail(f"{trained}, which gives other scores; pass the same, or train it again")
+        self.bits = bits or self.calibration["bits"]
         self.tokenizer = load_tokenizer(base)
         self.tokenizer.padding_side = "right"
-        model = load_base(AutoModelForSequenceClassification, base, bits, num_labels=1)
+        model = load_base(AutoModelForSequenceClassification, base, self.bits, num_labels=1)
         model.config.pad_token_id = self.tokenizer.pad_token_id
         self.model = PeftModel.from_pretrained(model, folder).eval()
-        _compute_in_fp32(self.model.base_model.model.score.modules_to_save["default"])
+        compute_in_fp32(self.model.base_model.model.score.modules_to_save["default"])
 
     def calibrate(self, pairs: list[Preference], tolerance: float, seed: int) -> None:
         """Write calibration.json, fitted to at most 1,000 pairs that were not trained on, and use it from now on."""
@@ -130,7 +129,7 @@ class RewardModel:
         return outputs
 
 
-def _compute_in_fp32(head) -> None:
+def compute_in_fp32(head) -> None:
     """Have a head compute in fp32, under autocast too: in bf16 a score near 10 moves in steps of 0.06."""
     import torch
 

@@ -11,6 +11,7 @@ import math
 import re
 import sys
 import time
+from concurrent.futures import Future
 
 from tqdm import tqdm
 
@@ -38,17 +39,24 @@ class Rewards:
     def __init__(self, args: argparse.Namespace, base: str):
         self.args = args
         if args.reward == "rm":
-            self.model = RewardModel(args.rm, base, args.bits, args.prompts)
+            self.model = RewardModel(args.rm, base, args.prompts)
         else:
             self.principles = current_principles(args.principles)
             self.client = Client(args, f"04_{args.reward}")
+        self.started: Future | None = None  # the rewards of the step under way
+
+    def start(self, loop: asyncio.AbstractEventLoop, queries: list[str], completions: list) -> None:
+        """Ask the judge as soon as the texts are known: TRL computes log-probabilities before it asks for rewards."""
+        if self.args.reward == "judge":
+            rows = list(zip(queries, map(text_of, completions), strict=True))
+            self.started = asyncio.run_coroutine_threadsafe(self.rewards_for(rows), loop)
 
     async def __call__(self, completions: list, query: list[str], trainer_state, log_metric, **kwargs) -> list:
         """One reward for each completion of the step, as TRL asks for them; None gives no learning signal."""
         started = time.perf_counter()
-        texts = [completion[0]["content"] for completion in completions]
-        rows = list(zip(query, texts, strict=True))
-        rewards = await self.rewards_for(rows)
+        rows = list(zip(query, map(text_of, completions), strict=True))
+        rewards = await (asyncio.wrap_future(self.started) if self.started else self.rewards_for(rows))
+        self.started = None
 
         # TRL gathers the rewards of all processes by itself. The file and the figures are written by the first.
         gathered = gather_rows(list(zip(rows, rewards, strict=True)))
@@ -116,6 +124,10 @@ class Rewards:
         except SystemExit as e:  # would end TRL's thread and leave the trainer waiting for it
             raise Stop("see the error above") from e
         return verdict.reward, verdict.reason
+
+
+def text_of(completion: list[dict[str, str]]) -> str:
+    return completion[0]["content"]
 
 
 def figures_of(gathered: list[tuple[tuple[str, str], Reward]]) -> dict[str, float]:

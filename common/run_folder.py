@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+import jinja2
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,7 +38,26 @@ def main_process() -> bool:
 
 def digest(*parts: object) -> str:
     """16 hex digits that depend on every part and on where one part ends and the next begins."""
-    return hashlib.sha256(json.dumps(parts, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:16]
+    text = from_checkout(json.dumps(parts, ensure_ascii=False, sort_keys=True))
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
+
+
+def from_checkout(text: str) -> str:
+    """JSON whose paths inside this checkout begin at its folder: what is compared or hashed outlives a move of it."""
+    return text.replace(f'"{ROOT}/', '"')
+
+
+def valid_unicode(text: str) -> str:
+    """The text with U+FFFD for every lone half of a surrogate pair: JSON can name one, but UTF-8 cannot hold it."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def read_text(path: Path) -> str:
+    """A text that people may edit, without the marks and carriage returns that their editors leave, as they please."""
+    try:
+        return path.read_bytes().decode().replace("\ufeff", "").replace("\r\n", "\n")
+    except UnicodeDecodeError:
+        fail(f"{path}: not UTF-8; save the file as UTF-8")
 
 
 class Stop(Exception):
@@ -86,17 +106,21 @@ def settings(args: argparse.Namespace, *groups: str) -> dict:
 
 
 def launch(main: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
-    """The exit code of a script: `main`, with one line instead of a traceback for a full disk and for Ctrl-C."""
+    """The exit code of a script: `main`, with one line instead of a traceback for a disk, a database, Ctrl-C."""
     if not main_process():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the first process says it all
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that knows no emoji ends no run
     try:
         return main(args)
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         fail(f"{e.strerror}; make room and run again: what was written before is kept")
-    except sqlite3.OperationalError as e:
-        fail(f"answers.sqlite: {e}; make room and run again: what was answered before is kept")
+    except sqlite3.DatabaseError as e:
+        remedy = "make room, make it writable, end who else uses it, or if it is damaged move it away; then run again"
+        fail(f"{args.run / 'answers.sqlite'}: {e}; {remedy}")
+    except jinja2.TemplateError as e:
+        fail(f"a chat template fails: {e}; it may take no system message, the part of policy.md above ---")
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
         return 130
@@ -106,11 +130,12 @@ def open_run(run: Path) -> Path:
     """Make the run folder and hold it until this process ends; another is refused, but for ranks of one training."""
     try:
         run.mkdir(parents=True, exist_ok=True)
+        lock = open(run / ".lock", "a")  # noqa: SIM115
     except OSError as e:
-        fail(f"cannot make the folder {run}: {e.strerror}; choose another with --run")
+        fail(f"cannot write in the folder {run}: {e.strerror}; choose another with --run")
     if not main_process():
         return run
-    _locks.append(open(run / ".lock", "a"))  # noqa: SIM115
+    _locks.append(lock)
     try:
         fcntl.flock(_locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -137,7 +162,7 @@ def replace_file(path: Path, text: str) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another process may write the same file
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(valid_unicode(text), encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -152,8 +177,9 @@ class Stage:
     def __init__(self, run: Path, name: str, outputs: list[str], settings: dict, redo: bool = False):
         self.run, self.name, self.outputs = run, name, outputs
         self.path = run / "stages" / f"{name}.json"
-        self.settings = json.loads(json.dumps(settings, default=str))  # as they will be read back
-        old = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else None
+        text = from_checkout(json.dumps(settings, ensure_ascii=False, default=str))
+        self.settings = json.loads(text)  # as they will be read back
+        old = json.loads(from_checkout(read_text(self.path))) if self.path.is_file() else None
         present = [output for output in outputs if (run / output).exists()]
         same = bool(old) and old["settings"] == self.settings
         self.done = same and old["done"] and len(present) == len(outputs)
@@ -163,7 +189,7 @@ class Stage:
         if not old and present:
             fail(f"{run / present[0]} is there, but not how it was made; move it away, or choose another --run")
         if old and not same:
-            if not redo:
+            if present and not redo:
                 self._refuse(old["settings"])
             self._move_away(present)
         if not self.done:  # also where it was done once and an output is gone
@@ -194,6 +220,12 @@ class Stage:
         self._save(done=True)
 
 
+def unfinished(run: Path, stage: str) -> bool:
+    """Whether the run folder has begun this stage and not ended it."""
+    path = run / "stages" / f"{stage}.json"
+    return path.is_file() and not json.loads(path.read_text(encoding="utf-8"))["done"]
+
+
 def write_summary(args: argparse.Namespace, name: str, started: float, figures: dict) -> None:
     """Write NAME.json: the figures, how long it took, with which flags and which packages."""
     packages = {}
@@ -204,10 +236,12 @@ def write_summary(args: argparse.Namespace, name: str, started: float, figures: 
             continue
     flags = {flag: value for flag, value in vars(args).items() if flag != "flag_groups"}
     summary = {"seconds": round(time.time() - started, 1), **figures, "settings": flags, "packages": packages}
-    replace_file(args.run / f"{name}.json", json.dumps(summary, ensure_ascii=False, indent=1, default=str) + "\n")
+    absolute = {"default": lambda value: str(value.resolve() if isinstance(value, Path) else value)}
+    text = json.dumps(summary, ensure_ascii=False, indent=1, **absolute)
+    replace_file(args.run / f"{name}.json", from_checkout(text) + "\n")
 
 
 def read_summary(run: Path, name: str) -> dict:
     """What write_summary wrote, or {} where that script has not run."""
     path = run / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return json.loads(read_text(path)) if path.is_file() else {}

@@ -12,10 +12,10 @@ from functools import partial
 
 from common.lexicon import RECIPIENTS, kindred, occasions_in, recipients_in
 from common.records import Preference, Reference
-from common.run_folder import ROOT, digest
+from common.run_folder import ROOT, digest, read_text
 
 Pairs = list[Preference]
-WORDINGS = json.loads((ROOT / "data" / "spoilt.json").read_text(encoding="utf-8"))
+WORDINGS = json.loads(read_text(ROOT / "data" / "spoilt.json"))
 
 # (a good greeting, random numbers, a good greeting for somebody or something else) -> a worse one; "" for none
 Spoiler = Callable[[str, random.Random, str], str]
@@ -81,13 +81,13 @@ WEIGHTS = {"other_occasion": 8, "other_recipient": 4, "clause_repeated": 4, "cut
 
 def derived_pairs(pairs: Pairs, most: int, without: list[str], seed: int, epoch: int = 0) -> Pairs:
     """Pairs of a chosen text and a spoilt form of it: at most `most` for each pair, different ones each epoch."""
-    rng, others = random.Random(digest(seed, epoch)), OtherGreetings(pairs)
+    rng = random.Random(digest(seed, epoch))
     kinds = [kind for kind in SPOILERS if kind not in without]
     weights = [WEIGHTS.get(kind, 1) for kind in kinds]
     derived = []
     for pair in pairs if kinds else []:
         for kind in rng.choices(kinds, weights, k=most):
-            spoilt = SPOILERS[kind](pair.texts[1], rng, others.draw(kind, pair, rng)).strip()
+            spoilt = SPOILERS[kind](pair.texts[1], rng, other_greeting(kind, pair, pairs, rng)).strip()
             if spoilt and spoilt != pair.texts[1]:  # not every text can be spoilt in every way
                 rejected, why = [{"role": "assistant", "content": spoilt}], f"derived: {kind}"
                 derived.append(Preference(prompt=pair.prompt, chosen=pair.chosen, rejected=rejected, why=why))
@@ -115,46 +115,41 @@ ATTACKS: dict[str, Spoiler] = {
 
 def attacked_texts(pairs: Pairs, most: int, seed: int) -> dict[str, list[tuple[int, str]]]:
     """{attack: [(place of the pair, its chosen text under this attack)]}, on the same pairs, at most `most`."""
-    rng, others = random.Random(seed), OtherGreetings(pairs)
+    rng = random.Random(seed)
     places = rng.sample(range(len(pairs)), min(len(pairs), most))
     attacked: dict[str, list[tuple[int, str]]] = {name: [] for name in ATTACKS}
     for name, attack in ATTACKS.items():
         for place in places:
             pair = pairs[place]
-            text = attack(pair.texts[1], rng, others.draw(name, pair, rng)).strip()
+            text = attack(pair.texts[1], rng, other_greeting(name, pair, pairs, rng)).strip()
             if text and text != pair.texts[1]:
                 attacked[name].append((place, text))
     return attacked
 
 
-class OtherGreetings:
-    """The chosen texts of some pairs, to draw one that is good but does not fit a query, as far as its words tell."""
+def other_greeting(kind: str, pair: Preference, pairs: Pairs, rng: random.Random) -> str:
+    """A chosen text of these pairs, for another occasion, or for another recipient on the same occasion if known.
 
-    def __init__(self, pairs: Pairs):
-        self.greetings = [(occasions_in(pair.query or pair.texts[0]), pair.texts[1]) for pair in pairs]
-
-    def draw(self, kind: str, pair: Preference, rng: random.Random) -> str:
-        """A greeting for another occasion, or for another recipient on the same occasion if that is known.
-
-        "" for other kinds, where the query names no occasion or recipient, and where none of 100 greetings will do.
-        """
-        if kind not in ("other_occasion", "other_recipient"):
-            return ""
-        query = pair.query or pair.texts[0]
-        occasions, recipients = occasions_in(query), recipients_in(query)
-        related = kindred(*occasions)
-        their_words = "|".join(pattern for name in recipients for pattern in RECIPIENTS[name].values())
-        for occasions_there, greeting in rng.sample(self.greetings, min(len(self.greetings), 100)):
-            if kind == "other_occasion":
-                misfit = occasions and occasions_there and not occasions_there & related
-            else:
-                # It has to name a recipient, none of those asked for, and to leave the occasion as it is.
-                same_occasion = occasions_there & related or not occasions_there or not occasions
-                misfit = recipients and same_occasion and recipients_in(greeting)
-                misfit = misfit and not re.search(their_words, greeting)
-            if misfit:
-                return greeting
+    "" for other kinds, where the query names no occasion or recipient, and where none of 100 greetings will do.
+    """
+    if kind not in ("other_occasion", "other_recipient"):
         return ""
+    query = pair.query or pair.texts[0]
+    occasions, recipients = occasions_in(query), recipients_in(query)
+    related = kindred(*occasions)
+    their_words = "|".join(pattern for name in recipients for pattern in RECIPIENTS[name].values())
+    for other in rng.sample(pairs, min(len(pairs), 100)):
+        occasions_there, greeting = occasions_in(other.query or other.texts[0]), other.texts[1]
+        if kind == "other_occasion":
+            misfit = occasions and occasions_there and not occasions_there & related
+        else:
+            # It has to name a recipient, none of those asked for, and to leave the occasion as it is.
+            same_occasion = occasions_there & related or not occasions_there or not occasions
+            misfit = recipients and same_occasion and recipients_in(greeting)
+            misfit = misfit and not re.search(their_words, greeting)
+        if misfit:
+            return greeting
+    return ""
 
 
 # ---- the judge's bank: attacks that no principles should let pass ---------------------------------------------------

@@ -6,7 +6,7 @@ Every interval is 95%. The bootstrap draws queries again, not rows: several gree
 from collections.abc import Iterable
 
 RESAMPLES = 2000  # of the queries, for the interval of a mean or of kappa
-REFITS = 200  # the same for a logistic model, which takes longer
+REFITS = 200  # the same for the logistic model, which takes longer
 COMPLETE = 0.8  # share of the rows that must have a score, or their mean is marked incomplete
 
 
@@ -147,6 +147,7 @@ def excellence_at_equal_length(rows: list[dict], names: list[str]) -> dict[str, 
     import numpy as np
     import pandas as pd
     from scipy.special import expit
+    from sklearn.linear_model import LogisticRegression
 
     table = pd.DataFrame(rows, columns=["policy", "query_id", "response", "excellent"]).dropna()
     if table.empty:
@@ -154,104 +155,73 @@ def excellence_at_equal_length(rows: list[dict], names: list[str]) -> dict[str, 
     lengths = table["response"].str.len()
     # tanh: beyond a point, still longer is hardly still better. Standardised, so that one penalty fits every task.
     length_term = np.tanh((lengths - lengths.mean()) / (lengths.std(ddof=0) or 1.0)).to_numpy()
-    of_policies = [table["policy"] == name for name in names]
-    design = np.column_stack([*of_policies, length_term])
-    fits = resampled_fits(design, table["excellent"], table["query_id"])
+    design = np.column_stack([*(table["policy"] == name for name in names), length_term])
+
+    # scikit-learn insists on both outcomes: every row appears with each of them, and only the one it had has weight.
+    outcomes = np.repeat([1, 0], len(table))
+    had = np.concatenate([table["excellent"] == 1, table["excellent"] == 0])
+    queries, query_of_row = np.unique(table["query_id"], return_inverse=True)
+    model = LogisticRegression(C=100.0, fit_intercept=False, solver="newton-cholesky")
+    fits = []  # coefficients for all queries, then for resamples of them
+    for draw in times_drawn(len(queries), REFITS):
+        weights = had * np.tile(draw[query_of_row], 2)
+        fits.append(model.fit(np.vstack([design, design]), outcomes, weights).coef_[0])
+    fits = np.array(fits)
 
     figures = {}
     for column, name in enumerate(names):
         if design[:, column].any():
             # The policy's chance at the length of each greeting that anybody wrote, on average.
             chances = expit(fits[:, column, None] + fits[:, -1, None] * length_term).mean(axis=1)
-            figures[name] = interval(chances[0], chances[1:], table["query_id"].nunique())
+            figures[name] = interval(chances[0], chances[1:], len(queries))
     return figures
 
 
 def wins_of(comparisons: list[dict], names: list[str]) -> dict:
-    """Shares of wins of each policy over each other one: as judged, and with length taken out.
-
-    The second is a Bradley-Terry model with a term for length, tanh of the standardised difference in characters, that
-    is set to zero, as in length-controlled AlpacaEval (Dubois et al. 2024, arXiv 2404.04475).
-    """
-    import numpy as np
+    """`judged`: the share of wins of each policy over each other one. A verdict that flips with the order is a tie."""
     import pandas as pd
-    from scipy.special import expit
 
-    table = pd.DataFrame(comparisons, columns=["a", "b", "query_id", "longer_by", "outcome", "same"])
+    table = pd.DataFrame(comparisons, columns=["a", "b", "query_id", "outcome", "same"])
     answered = table.dropna(subset="outcome")
     same = answered["same"].dropna()  # None for two equal texts: nobody was asked
-    figures = {"swap_consistency": rate(int(same.sum()), len(same)), "compared": len(table)}
-    figures |= {"failed": len(table) - len(answered), "judged": {}, "at_equal_length": {}}
-    if answered.empty:
-        return figures
-    # One model for all policies: what a and b are worth against c also says what a is worth against b.
-    of_policies = [(answered["a"] == name).astype(float) - (answered["b"] == name) for name in names]
-    gaps = answered["longer_by"]
-    design = np.column_stack([*of_policies, np.tanh(gaps / (gaps.std(ddof=0) or 1.0))])
-    fits = resampled_fits(design, answered["outcome"], answered["query_id"])
-
     mirrored = answered.rename(columns={"a": "b", "b": "a"}).assign(outcome=1 - answered["outcome"])
-    from_both_sides = pd.concat([answered, mirrored]).sort_index()
-    for i, a in enumerate(names):
-        figures["judged"][a], figures["at_equal_length"][a] = {}, {}
-        for j, b in enumerate(names):
+    from_both_sides = pd.concat([answered, mirrored])
+    judged: dict[str, dict] = {}
+    for a in names:
+        for b in names:
             between = from_both_sides.query("a == @a and b == @b")
             if len(between):
-                figures["judged"][a][b] = bootstrap(query_means(between, "outcome").values())
-                chances = expit(fits[:, i] - fits[:, j])
-                figures["at_equal_length"][a][b] = interval(chances[0], chances[1:], len(between))
-    return figures
-
-
-def resampled_fits(design, shares, queries):
-    """Coefficients of a logistic model without intercept, (1 + REFITS, columns): of all rows, then of resamples.
-
-    `shares` are in [0, 1], a row of `design` each: a tie is half a win and half a loss.
-    """
-    import numpy as np
-    from sklearn.linear_model import LogisticRegression
-
-    different, query_of_row = np.unique(queries, return_inverse=True)
-    shares = np.array(shares, dtype=float)
-    # scikit-learn wants whole outcomes: every row appears twice, as a win and as a loss, weighted by its share.
-    outcomes = np.repeat([1, 0], len(shares))
-    model = LogisticRegression(C=100.0, fit_intercept=False, solver="newton-cholesky")
-    fits = []
-    for draw in times_drawn(len(different), REFITS):
-        weights = np.concatenate([shares, 1 - shares]) * np.tile(draw[query_of_row], 2)
-        fits.append(model.fit(np.vstack([design, design]), outcomes, weights).coef_[0])
-    return np.array(fits)
+                judged.setdefault(a, {})[b] = bootstrap(query_means(between, "outcome").values())
+    return {
+        "judged": judged,
+        "swap_consistency": rate(int(same.sum()), len(same)),
+        "compared": len(table),
+        "failed": len(table) - len(answered),
+    }
 
 
 # ---- null baselines -------------------------------------------------------------------------------------------------
 
 
-class NgramClassifier:
+def ngram_classifier(texts: list[str], labels: list[int], seed: int = 0):
     """A null baseline: logistic regression on character 1-2-grams. What it gets right needs no understanding."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
 
-    def __init__(self, texts: list[str], labels: list[int], seed: int = 0):
-        from sklearn.feature_extraction.text import TfidfVectorizer
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
-
-        least = 2 if len(texts) > 20 else 1  # a handful of texts may share no n-gram
-        vectors = TfidfVectorizer(analyzer="char", ngram_range=(1, 2), sublinear_tf=True, min_df=least)
-        self.pipeline = make_pipeline(vectors, LogisticRegression(C=10.0, max_iter=1000, random_state=seed))
-        self.pipeline.fit(texts, labels)
-
-    def __call__(self, texts: list[str]) -> list[float]:
-        """The log-odds of each text being one of label 1."""
-        return self.pipeline.decision_function(texts).tolist()
+    least = 2 if len(texts) > 20 else 1  # a handful of texts may share no n-gram
+    vectors = TfidfVectorizer(analyzer="char", ngram_range=(1, 2), sublinear_tf=True, min_df=least)
+    model = LogisticRegression(C=10.0, max_iter=1000, random_state=seed)
+    return make_pipeline(vectors, model).fit(texts, labels)
 
 
 def best_threshold(scores: list[float], labels: list[int], thresholds: Iterable[float]) -> float:
     """The first of these thresholds at which "good if the score is at least this" is most often right."""
-    best, most_right = 0.0, -1
-    for threshold in thresholds:
-        right = sum((score >= threshold) == label for score, label in zip(scores, labels, strict=True))
-        if right > most_right:
-            best, most_right = threshold, right
-    return best
+
+    def right(threshold: float) -> int:
+        return sum((score >= threshold) == label for score, label in zip(scores, labels, strict=True))
+
+    return max(thresholds, key=right, default=0.0)
 
 
 def length_rule(texts: list[str], labels: list[int]) -> int:
@@ -263,8 +233,5 @@ def length_rule(texts: list[str], labels: list[int]) -> int:
 def null_verdicts(texts: list[str], labels: list[int], unseen: list[str]) -> dict[str, list[int]]:
     """What both null baselines, fitted on labelled texts, say of unseen ones: 1 good, 0 not."""
     least = length_rule(texts, labels)
-    classifier = NgramClassifier(texts, labels)
-    return {
-        "length": [int(len(text) >= least) for text in unseen],
-        "n-grams": [int(log_odds > 0) for log_odds in classifier(unseen)],
-    }
+    by_ngrams = ngram_classifier(texts, labels).predict(unseen)
+    return {"length": [int(len(text) >= least) for text in unseen], "n-grams": by_ngrams.tolist()}

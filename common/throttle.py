@@ -1,15 +1,20 @@
 """How many requests may be under way, and when none may be sent: one throttle for everything that a client asks."""
 
 import asyncio
+import math
 import sys
 import time
 from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from tqdm import tqdm
 
+TELL_EVERY = 60.0  # seconds
+
 
 class Throttle:
-    """`async with throttle` waits for a place: there are --concurrency at most, half as many after a rate limit, and
+    """`async with throttle.place()`: there are --concurrency at most, half as many after a rate limit or a timeout, and
     slowly more again. A rate limit also holds every request back until the time that the endpoint named.
     """
 
@@ -20,26 +25,30 @@ class Throttle:
         self.limit = float(most)  # a fraction of a place counts once it is whole
         self.under_way = 0
         self.waiting: deque[asyncio.Future] = deque()  # first come, first served
-        # By time.monotonic(): when requests may be sent again, and when the limit last grew.
-        self.not_before = 0.0
-        self.last_growth = 0.0
+        # By time.monotonic(): when requests may be sent again, when the limit last grew, was halved, and was told of.
+        self.not_before = self.last_growth = 0.0
+        self.last_halving = self.last_told = -math.inf
 
-    async def __aenter__(self) -> None:
+    @asynccontextmanager
+    async def place(self, first: bool = False) -> AsyncIterator[None]:
+        """Wait for a place and hold it; `first` is before all others, for a question that is asked again."""
         if self.waiting or self.under_way >= int(self.limit):
-            self.waiting.append(asyncio.get_running_loop().create_future())
-            await self.waiting[-1]  # whoever finishes passes the place on, already counted
+            future = asyncio.get_running_loop().create_future()
+            self.waiting.insert(0 if first else len(self.waiting), future)
+            await future  # whoever finishes passes the place on, already counted
         else:
             self.under_way += 1
-        while time.monotonic() < self.not_before:  # a loop: the pause may be prolonged meanwhile
-            await asyncio.sleep(self.not_before - time.monotonic())
-
-    async def __aexit__(self, *exc) -> None:
-        self.under_way -= 1
-        while self.waiting and self.under_way < int(self.limit):
-            future = self.waiting.popleft()
-            if not future.done():  # done: whoever waited was cancelled
-                self.under_way += 1
-                future.set_result(None)
+        try:
+            while time.monotonic() < self.not_before:  # a loop: the pause may be prolonged meanwhile
+                await asyncio.sleep(self.not_before - time.monotonic())
+            yield
+        finally:
+            self.under_way -= 1
+            while self.waiting and self.under_way < int(self.limit):
+                future = self.waiting.popleft()
+                if not future.done():  # done: whoever waited was cancelled
+                    self.under_way += 1
+                    future.set_result(None)
 
     def answered(self) -> None:
         """An answer has come: let a little more through, in proportion to the time since the last growth."""
@@ -51,13 +60,14 @@ class Throttle:
             self.last_growth = now
 
     def limited(self, sent: float, wait: float) -> None:
-        """A request sent at `sent` (by time.monotonic()) met a rate limit: hold everything for `wait` seconds.
+        """A request sent at `sent` (by time.monotonic()) met a limit: halve, and hold everything for `wait` seconds.
 
-        Requests sent before the last pause tell nothing new: they do not halve the limit again.
+        Requests sent before the last halving tell nothing new: they do not halve the limit again.
         """
         now = time.monotonic()
-        if sent >= self.not_before:
-            self.limit = max(1.0, self.limit / 2)
-            if wait >= 1:
-                tqdm.write(f"rate limit: waiting {wait:.0f} s, then {int(self.limit)} at once", file=sys.stderr)
+        if sent > self.last_halving:
+            self.limit, self.last_halving = max(1.0, self.limit / 2), now
         self.not_before = max(self.not_before, now + wait)
+        if wait >= 1 and now - self.last_told >= TELL_EVERY:
+            self.last_told = now
+            tqdm.write(f"rate limit: waiting {wait:.0f} s, then {int(self.limit)} at once", file=sys.stderr)

@@ -5,6 +5,9 @@ import json
 import os
 from pathlib import Path
 
+from common.policy import MAX_PROMPT, load_tokenizer
+from common.prompts import conversation
+from common.records import Query, read
 from common.run_folder import ROOT, fail, main_process, positive, replace_file
 
 
@@ -18,13 +21,29 @@ def add_grpo_flags(parser: argparse.ArgumentParser) -> None:
     add("--rank", type=positive, default=16, help="LoRA rank, also of the SFT (%(default)s)")
     add("--learning-rate", type=float, default=3e-6, help="%(default)s")
     add("--epochs", type=float, default=5, help="over the queries (%(default)s)")
-    add("--steps", type=int, default=-1, help="updates, instead of --epochs")
+    add("--steps", type=int, default=-1, help="updates (a GRPO step has several), instead of --epochs")
     add("--queries-per-step", type=positive, default=32, help="written for at once (%(default)s)")
-    add("--mini-batch", type=positive, default=16, help="queries in one update (%(default)s)")
+    add("--mini-batch", type=positive, default=16, help="completions in one update, counted in queries (%(default)s)")
     add("--samples", type=positive, default=4, help="completions per query (%(default)s)")
     add("--max-tokens", type=positive, default=512, help="of a completion (%(default)s)")
     add("--temperature", type=float, default=1.0, help="of the rollouts (%(default)s)")
     add("--kl", type=float, default=0.001, help="coefficient of the KL term (%(default)s)")
+
+
+def fitting_queries(args: argparse.Namespace, base: str) -> list[Query]:
+    """The queries whose prompts fit: the engine has room for MAX_PROMPT + --max-tokens, and TRL cuts no prompt."""
+    queries, fitting = read(args.queries, Query), []
+    tokenizer = load_tokenizer(base)
+    for query in queries:
+        prompt = conversation(query.query, args.prompts)
+        if len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]) <= MAX_PROMPT:
+            fitting.append(query)
+    if left_out := len(queries) - len(fitting):
+        print(f"04: the prompts of {left_out} queries have over {MAX_PROMPT} tokens and are left out")
+    if len(fitting) < args.queries_per_step:
+        left = f"{args.queries} has {len(fitting)} queries whose prompts have at most {MAX_PROMPT} tokens"
+        fail(f"{left}, under --queries-per-step {args.queries_per_step}; add queries, or lower it")
+    return fitting
 
 
 def trainer_settings(bits: int) -> dict:
@@ -107,20 +126,39 @@ def drop_rows_after(path: Path, last_step: int) -> None:
     replace_file(path, "".join(remaining))
 
 
+def last_checkpoint(checkpoints: Path) -> Path | None:
+    """The last one that is whole, if there is one: trainer_state.json is written when all else is."""
+    whole = [path.parent for path in checkpoints.glob("checkpoint-*/trainer_state.json")]
+    return max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+
+
+def train_from(trainer, last: Path | None) -> None:
+    """Train, from this checkpoint if there is one. Of a training that had ended with it, only the result is loaded."""
+    from transformers import TrainerState
+
+    state = TrainerState.load_from_json(str(last / "trainer_state.json")) if last else trainer.state
+    if last and state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]:
+        trainer.state = state  # by itself the trainer would go on, by an update or until the next check
+        trainer.model.load_adapter(state.best_model_checkpoint or last, "default")
+    else:
+        trainer.train(resume_from_checkpoint=last and str(last))
+    if not trainer.state.global_step:
+        fail("no update was made; raise --steps, --epochs or --sft-epochs")
+
+
 def resume_training(args: argparse.Namespace, trainer, checkpoints: Path) -> None:
     """Train from the last checkpoint if there is one. What step 4 has logged after it is dropped."""
     from peft import load_peft_weights, set_peft_model_state_dict
-    from transformers.trainer_utils import get_last_checkpoint
 
-    last = get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None
-    done = int(last.rpartition("-")[2]) if last else -1  # -1: nothing was saved, so all of it is done again
+    last = last_checkpoint(checkpoints)
+    done = int(last.name.rpartition("-")[2]) if last else -1  # -1: nothing was saved, so all of it is done again
     drop_rows_after(args.run / f"metrics_{args.reward}.jsonl", done)
     drop_rows_after(args.run / f"watch_{args.reward}.jsonl", done)
     drop_rows_after(args.run / f"rollouts_{args.reward}.jsonl", done - 1)  # they carry the step before their update
     if last and Path(last, "ref").is_dir():
         # Where TRL has put a reference beside it, the trainer restores that and forgets the adapter that is trained.
         set_peft_model_state_dict(trainer.model, load_peft_weights(last), adapter_name="default")
-    trainer.train(resume_from_checkpoint=last)
+    train_from(trainer, last)
 
 
 def draw_curves(path: Path, panels: dict[str, dict[str, list[tuple[float, float]]]], xlabel: str = "step") -> None:

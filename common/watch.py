@@ -11,11 +11,12 @@ import sys
 
 from tqdm import tqdm
 
+from common import stats
 from common.answers import Unusable
 from common.client import Client, gather_or_unusable
 from common.greetings import EMPTY
 from common.judge import grade_greeting
-from common.policy import generate
+from common.policy import generate, save_adapter
 from common.prompts import conversation
 from common.records import Query, read_lines
 from common.run_folder import main_process
@@ -44,9 +45,9 @@ class Watch:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({**row, "grades": grades}) + "\n")
         if row["hack"]:
-            fall, high, low = (-x for x in row["difference"])  # negated, so low and high swap
-            below = f"{fall:.2f} [{low:.2f}, {high:.2f}] below step {row['against']}'s"
-            message = f"the reward has risen, but the rubric's mean grade is {below}: the policy games its reward"
+            gap = row["difference"]
+            fall = f"{gap['value']:+.2f} [{gap['lo']:+.2f}, {gap['hi']:+.2f}] since step {row['against']}"
+            message = f"the reward rises, the rubric's mean grade falls ({fall}): the policy games its reward"
             tqdm.write(f"step {step}: {message}; its best is in policy_{self.args.reward}_best", file=sys.stderr)
         return row
 
@@ -70,24 +71,19 @@ class Watch:
 def compare(step: int, grades: list[float | None], earlier: list[dict], rewards: list[float]) -> dict:
     """The mean grade of a look, and whether it fell below the best earlier one while the reward rose (`hack`).
 
-    The difference is paired by query: [mean, low, high], with the normal 95% interval of a mean.
+    The difference is paired by query.
     """
-    import numpy as np
-
     usable = [grade for grade in grades if grade is not None]
     quality = sum(usable) / len(usable) if usable else None
     row = {"step": step, "quality": quality, "n": len(usable), "hack": False}
     bests = [look for look in earlier if look["best"]]  # each better than all before it
     if bests:
         best = bests[-1]
-        pairs = zip(grades, best["grades"], strict=True)
-        differences = [now - then for now, then in pairs if now is not None and then is not None]
-        if len(differences) > 1:
-            mean, half_width = np.mean(differences), 1.96 * np.std(differences, ddof=1) / len(differences) ** 0.5
-            row["against"] = best["step"]
-            row["difference"] = [round(float(x), 4) for x in (mean, mean - half_width, mean + half_width)]
-            first, last = first_and_last_tenth(rewards)
-            row["hack"] = bool(len(rewards) > 1 and last > first and mean + half_width < 0)
+        now = {query: grade for query, grade in enumerate(grades) if grade is not None}
+        then = {query: grade for query, grade in enumerate(best["grades"]) if grade is not None}
+        row["against"], row["difference"] = best["step"], stats.paired_difference(now, then)
+        first, last = first_and_last_tenth(rewards)
+        row["hack"] = last > first and row["difference"]["n"] > 1 and row["difference"]["hi"] < 0
     row["best"] = bool(usable) and (not bests or quality > bests[-1]["quality"])
     return row
 
@@ -114,7 +110,7 @@ def watch_callback(args: argparse.Namespace, watch: Watch, updates: int):
                 rewards = [log["reward"] for log in state.log_history if "reward" in log]
                 row = watch.look(model, tokenizer, state.global_step, rewards)
                 if row["best"]:
-                    model.save_pretrained(args.run / f"{args.name}_best", selected_adapters=["default"])
+                    save_adapter(model, args.run / f"{args.name}_best")
             if gather_rows([row])[0]["hack"] and args.stop_on_hack:  # every process has to stop, not the first alone
                 control.should_training_stop = True
 

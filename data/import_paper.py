@@ -22,8 +22,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.prompts import PROMPTS, conversation
 from common.records import Candidate, Demonstration, Labelled, Preference, Query, two_sided, write
-from common.run_folder import fail, replace_file
-from common.stats import NgramClassifier, length_rule, rate
+from common.run_folder import fail, read_text, replace_file
+from common.stats import length_rule, ngram_classifier, rate
 
 REPOSITORY = "https://github.com/weixiaolong94-hub/Igniting-Creative-Writing-in-Small-Language-Models"
 FOLDS = 5
@@ -47,7 +47,7 @@ def require(folder: Path, name: str) -> Path:
 def read_json(folder: Path, name: str) -> list[dict]:
     """A list of objects, written either as one JSON array or one object a line."""
     path = require(folder, name)
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     try:
         if text.lstrip().startswith("["):
             return json.loads(text)
@@ -81,7 +81,7 @@ def read_release(folder: Path) -> Release:
             query = row["conversations"][0]["value"]
             triples[side].append((query, row["chosen"]["value"], row["rejected"]["value"]))
         queries[side] = grpo_queries(folder, f"{side}.parquet")
-    queries["all"] = require(folder, "random_query.txt").read_text(encoding="utf-8").splitlines()
+    queries["all"] = read_text(require(folder, "random_query.txt")).split("\n")
     demonstrations = [(row["instruction"], row["output"]) for row in read_json(folder, "sft/sft_data.json")]
     labelled = [Labelled(**row) for row in read_json(folder, "evaluation_set/evaluate_data.json")]
     return Release(triples, queries, demonstrations, labelled)
@@ -117,9 +117,9 @@ def ngram_accuracy(labelled: list[Labelled]) -> dict:
     for fold in range(FOLDS):
         seen = [row for number, row in enumerate(labelled) if number % FOLDS != fold]
         unseen = labelled[fold::FOLDS]
-        classifier = NgramClassifier([row.response for row in seen], [row.label for row in seen])
-        odds = classifier([row.response for row in unseen])
-        right += sum((o > 0) == row.label for o, row in zip(odds, unseen, strict=True))
+        classifier = ngram_classifier([row.response for row in seen], [row.label for row in seen])
+        verdicts = classifier.predict([row.response for row in unseen]).tolist()
+        right += sum(verdict == row.label for verdict, row in zip(verdicts, unseen, strict=True))
     return rate(right, len(labelled))
 
 

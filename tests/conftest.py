@@ -4,15 +4,13 @@ import fcntl
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from process import ROOT, run_script
 
 from common.offline.tiny_model import tiny_policy
 
-ROOT = Path(__file__).resolve().parent.parent
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each worker and what it starts
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 LONG_FILES = ("reward_model", "pipeline", "policy", "faults", "judge", "processes", "evaluate", "with_judge", "check")
@@ -30,15 +28,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
-def run_script(script: str, *flags: object, **environment: str) -> subprocess.CompletedProcess:
-    """Run a script from the repository root and return what it printed and its exit code."""
-    command = [sys.executable, script, *map(str, flags)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"} | environment
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=550, env=environment)
-
-
 def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
 
 
 def small_steps(folder: Path) -> dict[str, list]:
@@ -59,8 +50,8 @@ def small_steps(folder: Path) -> dict[str, list]:
 def make_small_run(folder: Path) -> str:
     """Run all five steps on few queries; returns what went wrong, or ""."""
     for name, source, count in (("queries", "queries", 40), ("heldout", "queries_heldout", 24)):
-        rows = (ROOT / f"data/{source}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-        (folder / f"{name}.jsonl").write_text("".join(rows[:count]), encoding="utf-8")
+        rows = (ROOT / f"data/{source}.jsonl").open("rb").readlines()
+        (folder / f"{name}.jsonl").write_bytes(b"".join(rows[:count]))
     for command in small_steps(folder).values():
         done = run_script(*command, "--offline", "--run", folder / "run")
         if done.returncode:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
-from common.offline.critic import answer
+from common.offline.critic import ROLES, answer
 from common.prompts import PROMPTS
 
 TOKENS = (11, 7)  # (prompt, completion) tokens of every chat answer
@@ -97,8 +97,18 @@ def status(code: int, message: str = "told to fail", **headers: object) -> Reply
 
 def critic(request: dict) -> Reply:
     """What the rule-based critic answers to a request."""
-    role = request["response_format"]["json_schema"]["name"]
-    return chat(json.dumps(answer(role, request["messages"]), ensure_ascii=False))
+    return chat(json.dumps(answer(role_of(request), request["messages"]), ensure_ascii=False))
+
+
+def role_of(request: dict) -> str:
+    """Who is asked; told by the beginning of the prompt, for the client may leave the schema out."""
+    asked = []
+    for role in ROLES:
+        opening = (PROMPTS / f"{role}.md").read_text(encoding="utf-8").partition("\n")[0].partition("{{")[0]
+        if request["messages"][0]["content"].startswith(opening):
+            asked.append(role)
+    (role,) = asked
+    return role
 
 
 def data_of(messages: list[dict[str, str]]) -> object:

@@ -30,7 +30,7 @@ def quantised_hash(model) -> str:
     for _, module in sorted(model.named_modules()):
         if state := getattr(getattr(module, "weight", None), "quant_state", None):
             for tensor in (module.weight.data, state.absmax):
-                total.update(tensor.contiguous().view(-1).float().numpy().tobytes())
+                total.update(tensor.contiguous().view(-1).float().cpu().numpy().tobytes())
     return total.hexdigest()
 
 
@@ -73,8 +73,8 @@ def modules() -> None:
 
     silence_libraries()
     base = str(tiny_policy())
-    engine = engine_class(base, 4, 16)(
-        model=base, max_model_len=160, max_num_seqs=16, logprobs_mode="processed_logprobs", seed=0
+    engine = engine_class(base, 4, 16, 0)(
+        model=base, max_model_len=160, max_num_seqs=16, logprobs_mode="processed_logprobs"
     )
     model, tokenizer = load_policy(base, 4)
     model = get_peft_model(model, lora(16, "CAUSAL_LM"))
@@ -94,7 +94,8 @@ def modules() -> None:
                 new = torch.tensor(output.outputs[0].token_ids)
                 engines = torch.tensor([next(iter(at.values())).logprob for at in output.outputs[0].logprobs])
                 with nullcontext() if adapted else model.disable_adapter(), torch.no_grad():
-                    logits = model(input_ids=torch.tensor([ids + new.tolist()])).logits[0, len(ids) - 1 : -1].float()
+                    inputs = torch.tensor([ids + new.tolist()], device=model.device)
+                    logits = model(input_ids=inputs).logits[0, len(ids) - 1 : -1].float().cpu()
                 gaps.append((logits.log_softmax(-1).gather(1, new[:, None])[:, 0] - engines).abs())
             found.append(torch.cat(gaps).mean().item())
         return found
@@ -105,11 +106,11 @@ def modules() -> None:
         for number, (name, part) in enumerate(
             [*parts, parts[0]]
         ):  # the first again: a swap back, with the same prompts
-            part.data = torch.randn(part.shape, generator=torch_rng) * 0.3
+            part.data = (torch.randn(part.shape, generator=torch_rng) * 0.3).to(part.device)
             model.save_pretrained(f"{scratch}/{number}")
             engine.use(Path(scratch, str(number)))
             found[f"{number} {name}"] = distances()
-            if number == 0:
+            if number == 0 and torch.cuda.is_available():  # on a CPU vLLM ignores both
                 engine.sleep()
                 engine.wake_up()
                 found["after sleep"] = distances()
@@ -124,7 +125,7 @@ def writer() -> None:
 
     silence_libraries()
     base = str(tiny_policy())
-    write = Writer(argparse.Namespace(engine="vllm", bits=4, max_tokens=24, seed=0))
+    write = Writer(argparse.Namespace(engine="vllm", bits=4, max_tokens=24, seed=0, batch_size_generate=8))
     asked = [conversation(query, PROMPTS) for query in QUERIES]
     with tempfile.TemporaryDirectory() as scratch:
         model = get_peft_model(load_policy(base, 4)[0], lora(16, "CAUSAL_LM"))

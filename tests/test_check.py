@@ -67,6 +67,13 @@ def test_a_port_where_nobody_answers() -> None:
     assert found["endpoint"][0] == "FAILS" and "does not answer" in found["endpoint"][1]
 
 
+def test_a_proxy_that_cannot_be_used_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "socks://127.0.0.1:9")
+    done = run_script("tools/check.py", "--base-url", "http://judge.invalid/v1")
+    assert "Traceback" not in done.stderr and "by way of ALL_PROXY" in done.stdout
+    assert "name an http:// proxy there, or none" in done.stdout
+
+
 def test_the_port_of_the_judges_server_has_to_be_free() -> None:
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -85,10 +92,53 @@ def test_a_server_named_by_the_default_address_is_asked() -> None:
     assert "port 8000" not in found["endpoint"][1]  # it was asked, whatever it answered
 
 
-def test_what_does_not_fit_on_the_gpu_is_told_and_how_it_would() -> None:
-    _, found, _ = check("--gpu-memory", 60)
-    assert found["GPU memory"][0] == "FAILS" and "with --sleep it does" in found["GPU memory"][1]
+def test_the_best_settings_that_fit_are_taken() -> None:
+    for gib, words in (
+        (80, "7B-Instruct in 4 bits, --micro-batch 16"),
+        (48, "7B-Instruct in 4 bits, --engine hf --micro-batch 8"),
+    ):
+        verdict, said = check("--gpu-memory", gib)[1]["GPU memory"]
+        assert verdict == "ok" and said.endswith(words)
+    # A flag of the user's wins, and counts.
+    verdict, said = check("--gpu-memory", 80, "--micro-batch", 8, "--judge-memory", 40)[1]["GPU memory"]
+    assert verdict == "FAILS" or "--micro-batch 8" in said
     assert check("--gpu-memory", 40, "--judge-memory", 0)[1]["GPU memory"][0] == "ok"
+
+
+def test_where_no_judge_fits_one_elsewhere_is_advised() -> None:
+    verdict, said = check("--gpu-memory", 24)[1]["GPU memory"]
+    assert verdict == "FAILS" and "name a judge elsewhere with --base-url: Qwen/Qwen2.5-7B-Instruct then fits" in said
+    assert check("--gpu-memory", 24, "--base-url", "https://judge.invalid/v1")[1]["GPU memory"][0] == "ok"
+    verdict, said = check("--gpu-memory", 3)[1]["GPU memory"]
+    assert verdict == "FAILS" and "use a larger GPU" in said
+
+
+def test_run_sh_is_told_what_fits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    from tools import check as tool
+
+    monkeypatch.setattr(tool, "gpu", lambda args: ("", "a GPU"))
+
+    def chosen(*flags: str) -> list[str]:
+        monkeypatch.setattr("sys.argv", ["check.py", "--choose", *flags])
+        assert tool.main(tool.choose()) == 0
+        return capsys.readouterr().out.split("\n")
+
+    assert chosen("--gpu-memory", "48") == [
+        "--policy Qwen/Qwen2.5-7B-Instruct --bits 4", "--engine hf", "--micro-batch 8", "26", ""
+    ]  # fmt: skip
+    elsewhere = ("--base-url", "https://judge.invalid/v1", "--gpu-memory")
+    assert chosen(*elsewhere, "12")[:3] == [
+        "--policy Qwen/Qwen2.5-1.5B-Instruct --bits 4", "", "--micro-batch 4 --sleep"
+    ]  # fmt: skip
+    mine = chosen(*elsewhere, "80", "--policy", str(tiny_policy()), "--bits", "16")
+    assert mine[0] == "--bits 16"  # a path may hold spaces, and is a flag of the command line anyway
+    monkeypatch.setenv("JUDGE_MEMORY", "20")
+    assert chosen("--gpu-memory", "48")[3] == "20"
+    monkeypatch.setattr("sys.argv", ["check.py", "--choose", "--gpu-memory", "24"])
+    with pytest.raises(SystemExit):
+        tool.main(tool.choose())
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "--base-url" in err
 
 
 def test_money_follows_from_the_counts() -> None:

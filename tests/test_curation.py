@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, lines, run_script
 
+from common import run_folder
 from common.debate import Retrieval, load_embedding
 from common.offline.tiny_model import tiny_policy
 from common.policy import load_policy, lora
-from common.records import Candidate, Reference, write
+from common.records import Appender, Candidate, Query, Reference, write
 
 curation = importlib.import_module("01_curate_preferences")
 
@@ -88,6 +89,66 @@ def test_screening_says_why(tmp_path: Path, references: list[Reference]) -> None
     assert curation.screen(args, references) == dropped
     everything = Namespace(run=tmp_path, max_similar=1.0, max_copied=1.0)
     assert curation.screen(everything, references) == {"same": "duplicate"}
+
+
+CANDIDATES = [
+    {"query": "教师节", "response": "老师，窗台那盆绿萝还在。"},
+    {"query": "教师节", "response": "今晚早点收工。"},
+]
+
+
+def take_candidates(monkeypatch: pytest.MonkeyPatch, run: Path, *files: list[dict]) -> list[dict]:
+    """candidates.jsonl after step 1 was given files of these rows, and could screen, but not judge them."""
+    monkeypatch.setattr(curation.Client, "probe", lambda args, step: None)
+    monkeypatch.setattr(curation, "judge_candidates", lambda *args: sys.exit(0))
+    flags = ["01", "--offline", "--samples", "0", "--run", str(run / "run"), "--candidates"]
+    for number, rows in enumerate(files):
+        write(run / f"{number}.jsonl", rows)
+        flags.append(str(run / f"{number}.jsonl"))
+    monkeypatch.setattr(sys, "argv", flags)
+    with pytest.raises(SystemExit) as end:
+        curation.main(curation.parse_args())
+    run_folder._locks.clear()
+    return [] if end.value.code else lines(run / "run/candidates.jsonl")
+
+
+def test_numbered_candidates_are_taken_and_the_same_one_twice_is_taken_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = CANDIDATES
+    taken = take_candidates(monkeypatch, tmp_path, [one | {"id": 1}, other | {"id": 2}], [one | {"id": "1"}])
+    assert [row["id"] for row in taken] == ["1", "2"]
+
+
+@pytest.mark.parametrize("files", [[[0, 1]], [[0], [1]]], ids=["one file", "two files"])
+def test_candidates_that_share_an_id_are_named_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], files: list[list[int]]
+) -> None:
+    """No candidate goes missing because two lines, or two files, number theirs alike; mended, they are taken."""
+    rows = [[CANDIDATES[number] | {"id": "1"} for number in numbers] for numbers in files]
+    assert take_candidates(monkeypatch, tmp_path, *rows) == []
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {tmp_path}/{len(rows) - 1}.jsonl:{len(rows[-1])}: ") and said.count("\n") == 1
+    assert f"{tmp_path}/0.jsonl:1 (1)" in said
+    rows[-1][-1]["id"] = "2"
+    assert [row["id"] for row in take_candidates(monkeypatch, tmp_path, *rows)] == ["1", "2"]
+
+
+def test_two_checkouts_sample_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny model of each checkout is the same model, so its candidates have the same ids, and are seeded alike."""
+    monkeypatch.setattr(curation, "Writer", lambda args: None)
+    monkeypatch.setattr(curation, "find_policy", lambda policy: (policy, None))
+    monkeypatch.setattr(
+        curation, "write_greetings", lambda args, writer, base, adapter, slots, *rest: ["好"] * len(slots)
+    )
+    ids = []
+    for checkout in ("old", "new"):
+        monkeypatch.setattr(run_folder, "ROOT", tmp_path / checkout)
+        args = Namespace(temperature=[1.0], samples=2, seed=0)
+        with Appender(tmp_path / f"{checkout}.jsonl") as append:
+            curation.sample_from(args, str(tmp_path / checkout / "outputs/tiny"), [Query(query="教师节")], append)
+        ids.append(append.done)
+    assert len(ids[0]) == 2 and ids[0] == ids[1]
 
 
 def retrieval(references: list[Reference], queries: list[str], **settings) -> Retrieval:

@@ -11,7 +11,7 @@ import pytest
 
 from common.records import Demonstration, Labelled, Preference, Query, Record, Reference, read
 from common.run_folder import ROOT
-from common.stats import NgramClassifier, rate
+from common.stats import ngram_classifier, rate
 
 DATA = ROOT / "data"
 README = (DATA / "README.md").read_text(encoding="utf-8")
@@ -87,8 +87,8 @@ def test_the_figures_of_the_null_baselines_are_low_and_printed() -> None:
     odds: list[tuple[str, float, float]] = []  # flaw, log-odds of the good and of the bad row; a pair is in one fold
     for fold in range(FOLDS):
         seen = [row for i, pair in enumerate(both) if i % FOLDS != fold for row in pair]
-        model = NgramClassifier([row.response for row in seen], [row.label for row in seen])
-        odds += [(b.flaw, *model([g.response, b.response])) for g, b in both[fold::FOLDS]]
+        model = ngram_classifier([row.response for row in seen], [row.label for row in seen])
+        odds += [(b.flaw, *model.decision_function([g.response, b.response])) for g, b in both[fold::FOLDS]]
     right = sum((g > 0) + (b <= 0) for _, g, b in odds)
     found, asked = Counter(flaw for flaw, g, b in odds if g > b), Counter(flaw for flaw, _, _ in odds)
     figures = {
@@ -174,6 +174,17 @@ def test_import_of_a_clone_writes_records_and_an_audit(clone: Path, tmp_path: Pa
     }  # fmt: skip
     assert shares == {name: (audit[name]["value"], audit[name]["n"]) for name in shares}
     assert all(name in done.stdout for name in audit)
+
+
+def test_import_reads_texts_as_they_come(clone: Path, tmp_path: Path) -> None:
+    """Byte order marks, carriage returns, and marks inside a query at which splitlines() would split it."""
+    for path in (clone / "dataset").rglob("*.json"):
+        path.write_bytes("\ufeff".encode() + path.read_bytes().replace(b"\n", b"\r\n"))
+    queries = "\ufeff雪天\u2028问好\r\n早安\x85老师\r\n"
+    (clone / "dataset/random_query.txt").write_text(queries, encoding="utf-8", newline="")
+    done, audit = run_import(clone, tmp_path / "out")
+    assert done.returncode == 0 and audit["labelled rows repeated"]["n"] == 17, done.stderr
+    assert [q.query for q in read(tmp_path / "out/queries_all.jsonl", Query)] == ["雪天\u2028问好", "早安\x85老师"]
 
 
 def test_import_with_clean_drops_the_labelled_rows_that_leak(clone: Path, tmp_path: Path) -> None:

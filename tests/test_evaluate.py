@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections import Counter
+from contextlib import AsyncExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,9 @@ import pytest
 from conftest import ROOT, lines, run_script
 from endpoint import chat, critic, data_of, endpoint, settings, status
 
+from common.answers import Text
 from common.client import Client
+from common.greetings import Policy, greeting_settings
 from common.records import write
 from common.store import Store
 
@@ -69,7 +72,7 @@ def test_both_orders_are_asked_and_a_verdict_that_flips_is_a_tie(tmp_path: Path)
     [
         (["--policies", "nameless"], "'nameless' is not NAME=PATH"),
         (["--policies", "base=outputs/x", "base=outputs/y"], "two policies are named base"),
-        (["--api", "big=model"], "'big=model' is not NAME=MODEL@URL"),
+        (["--api", "big=model"], "not NAME=MODEL@URL, or NAME=MODEL@URL,KEY"),
         (["--api", "big=model@nowhere"], "an address such as"),
         (["--annotations", "missing.jsonl"], "missing.jsonl does not exist"),
     ],
@@ -95,7 +98,7 @@ def test_an_endpoint_that_fails_is_counted_and_asked_again_without_writing_again
             return chat("祝您节日快乐，桃李满园。")
         role = request["response_format"]["json_schema"]["name"]
         unlucky = sum(map(ord, request["messages"][-1]["content"])) % 3 == 0
-        return status(400) if broken and role == "rubric" and unlucky else critic(request)
+        return status(500) if broken and role == "rubric" and unlucky else critic(request)
 
     run = tmp_path / "run"
     with endpoint(reply) as server:
@@ -103,13 +106,13 @@ def test_an_endpoint_that_fails_is_counted_and_asked_again_without_writing_again
         flags += ["--attempts", 1, "--samples", 2, "--eval-model", "other-judge", "--eval-base-url", server.url]
         flags += ["--api", f"big=large-model@{server.url}", "--policies", f"lost={tmp_path / 'lost'}"]
         done = run_script("05_evaluate.py", *flags)
-        assert done.returncode == 3 and "rubric: HTTP 400" in done.stdout, done.stdout + done.stderr
+        assert done.returncode == 3 and "rubric: HTTP 500" in done.stdout, done.stdout + done.stderr
         for reward in ("none", "rm", "judge"):
             assert f"make it with: python 04_grpo.py --reward {reward} --run {run}" in done.stderr
         assert f"{tmp_path / 'lost'} holds no model and no adapter: going on without lost" in done.stderr
         summary, report = json.loads((run / "05_summary.json").read_text()), (run / "report.md").read_text()
         assert set(summary["policies"]) == {"base", "big"} and summary["policies"]["big"]["greetings"] == 12
-        assert summary["evaluators"]["rubric"]["failed"] > 0 and summary["failures"]["rubric: HTTP 400"] > 0
+        assert summary["evaluators"]["rubric"]["failed"] > 0 and summary["failures"]["rubric: HTTP 500"] > 0
         assert " incomplete" in report and "other-judge, named for evaluation alone" in report
         written = {path.name: path.read_bytes() for path in (run / "generations").iterdir()}
         assert {row["response"] for row in lines(run / "generations/big.jsonl")} == {"祝您节日快乐，桃李满园。"}
@@ -148,6 +151,105 @@ def check_ledger(run: Path, summary: dict, asked: list[dict]) -> None:
     agents = store.ledger("positive", "negative", "judge", "reflect")
     assert agents["calls"] > 0 and agents["calls"] % 4 == 0  # no principles here: nobody else was asked
     assert summary["ledger"]["calls"] == agents["calls"] + len(asked)
+
+
+# ---- keys and addresses ---------------------------------------------------------------------------------------------
+
+OWN_KEY = "sk-of-the-judge-alone"
+
+
+def parse(monkeypatch, *flags: object):
+    monkeypatch.setattr("sys.argv", ["05_evaluate.py", "--engine", "hf", *map(str, flags)])
+    return step5.parse_args()
+
+
+def ask_everybody(args) -> None:
+    """Connect every client of step 5, and ask each something."""
+    policies = [Policy(name, api=place) for name, place in args.api]
+
+    async def ask() -> None:
+        async with AsyncExitStack() as stack:
+            agents, rubric, writers = await step5.open_clients(args, policies, stack)
+            for client in (agents, rubric, *writers.values()):
+                await client.ask("policy", Text, query=client.model)
+
+    asyncio.run(ask())
+
+
+@pytest.fixture
+def hosts(monkeypatch):
+    """Three endpoints, the first that of the agents; OWN_KEY is in the variable JUDGE_KEY."""
+    monkeypatch.setenv("JUDGE_KEY", OWN_KEY)
+    with endpoint(chat("好。")) as one, endpoint(chat("好。")) as two, endpoint(chat("好。")) as three:
+        yield one, two, three
+
+
+def test_a_key_reaches_no_address_that_it_was_not_named_for(tmp_path: Path, monkeypatch, hosts) -> None:
+    agents, judge, policy = hosts
+    flags = ["--run", tmp_path, "--base-url", agents.url, "--api-key-env", "JUDGE_KEY", "--eval-base-url", judge.url]
+    ask_everybody(parse(monkeypatch, *flags, "--api", f"big=m@{policy.url}", f"same=n@{agents.url}"))
+    assert set(agents.keys) == {f"Bearer {OWN_KEY}"} and len(agents.asked) == 2
+    assert set(judge.keys) == set(policy.keys) == {"Bearer none"}
+
+
+def test_every_address_can_have_a_key_of_its_own(tmp_path: Path, monkeypatch, hosts) -> None:
+    agents, judge, policy = hosts
+    monkeypatch.setenv("EVAL_KEY", "sk-eval")
+    monkeypatch.setenv("big_key", "sk-big")
+    flags = ["--run", tmp_path, "--base-url", agents.url, "--api-key-env", "JUDGE_KEY", "--eval-base-url", judge.url]
+    flags += ["--eval-api-key-env", "EVAL_KEY", "--api", f"big=a@b,c@{policy.url},big_key", f"two=n@{policy.url}"]
+    args = parse(monkeypatch, *flags)
+    ask_everybody(args)
+    assert [set(host.keys) for host in hosts] == [
+        {f"Bearer {OWN_KEY}"}, {"Bearer sk-eval"}, {"Bearer sk-big", "Bearer none"},
+    ]  # fmt: skip
+    assert {request["model"] for request in policy.asked} == {"a@b,c", "n"}
+    # Which variable holds the key makes no greeting another.
+    renamed = Policy("big", api=("a@b,c", policy.url, ""))
+    assert greeting_settings(args, Policy("big", api=args.api[0][1])) == greeting_settings(args, renamed)
+
+
+@pytest.mark.parametrize("refuses", [True, False], ids=["refused", "nobody_there"])
+@pytest.mark.parametrize(
+    ("flags", "key", "address"),
+    [
+        (["--base-url", "URL"], "--api-key-env", "--base-url"),
+        (["--eval-base-url", "URL"], "--eval-api-key-env", "--eval-base-url"),
+        (["--api", "big=m@URL"], "--api NAME=MODEL@URL,KEY", "--api NAME=MODEL@URL,KEY"),
+    ],
+    ids=["agents", "evaluation", "policy"],
+)
+def test_an_error_line_names_the_flag_of_the_endpoint_that_fails(
+    tmp_path: Path, monkeypatch, capsys, hosts, flags: list[str], key: str, address: str, refuses: bool
+) -> None:
+    agents, other, _ = hosts
+    other.models = status(401, "wrong key")
+    url = other.url if refuses else "http://127.0.0.1:1/v1"
+    flags = ["--base-url", agents.url, *(word.replace("URL", url) for word in flags)]
+    with pytest.raises(SystemExit) as stopped:
+        ask_everybody(parse(monkeypatch, "--run", tmp_path, *flags))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stopped.value.code == 2 and url in line
+    assert (f"set the variable that {key} names" if refuses else f"name one with {address}") in line
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--api", "big=m@http://user:KEY@host/v1"], ["--api", "big=m@http://host/v1,KEY"], ["--api", "m@http://u:KEY@h"],
+        ["--api-key-env", "KEY"], ["--eval-api-key-env", "KEY"], ["--eval-base-url", "https://KEY@host/v1"],
+        ["--base-url", "http://host/v1?key=KEY"], ["--base-url", "http://[::1/KEY"], ["--base-url", "http://host:KEY"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_key_in_place_of_a_variables_name_is_refused_and_shown_nowhere(
+    tmp_path: Path, monkeypatch, capsys, flags: list[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse(monkeypatch, "--run", tmp_path / "run", *(word.replace("KEY", "gsk_a1b2c3") for word in flags))
+    errors = capsys.readouterr().err
+    assert stopped.value.code == 2 and "gsk_a1b2c3" not in errors, errors
+    assert errors.startswith(f"error: argument {flags[0]}: not ") and not (tmp_path / "run").exists()
 
 
 # ---- tools/ask.py ---------------------------------------------------------------------------------------------------

@@ -2,10 +2,7 @@
 
 import asyncio
 import json
-import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, lines, run_script
 from endpoint import TOKENS, Reply, Served, chat, critic, data_of, endpoint, settings, spelled, status
+from endpoint import role_of as role
+from process import start_script
 
 from common.client import Client
 from common.judge import judge_greeting
@@ -39,25 +38,18 @@ def labelled(tmp_path_factory) -> Path:
     return path
 
 
-def start(run: Path, labelled: Path, url: str, *flags: object) -> subprocess.Popen:
-    command = [sys.executable, SCRIPT, "--run", run, "--labelled", labelled, "--base-url", url, "--model", "m"]
-    command += [*SMALL, "--concurrency", "8", "--attempts", "1", *flags]
-    return subprocess.Popen(
-        list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"NO_PROXY": "127.0.0.1"},
-    )  # fmt: skip
+def command(run: Path, labelled: Path, url: str, *flags: object) -> list[str]:
+    named = [SCRIPT, "--run", run, "--labelled", labelled, "--base-url", url, "--model", "m"]
+    return list(map(str, [*named, *SMALL, "--concurrency", 8, "--attempts", 1, *flags]))
 
 
-def refine(run: Path, labelled: Path, url: str, *flags: object) -> tuple[list[dict], dict]:
-    """(the versions, the summary) of a run that must succeed."""
-    process = start(run, labelled, url, *flags)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, out + err
+def refine(
+    run: Path, labelled: Path, url: str, *flags: object, code: int = 0, told: str = ""
+) -> tuple[list[dict], dict]:
+    """(the versions, the summary) of a run that must end with this exit code, and say this on stdout."""
+    done = run_script(*command(run, labelled, url, *flags))
+    assert done.returncode == code and told in done.stdout, done.stdout + done.stderr
     return lines(run / "principles.jsonl"), json.loads((run / "03_summary.json").read_text(encoding="utf-8"))
-
-
-def role(request: dict) -> str:
-    return request["response_format"]["json_schema"]["name"]
 
 
 def rules(*texts: str) -> Reply:
@@ -154,6 +146,61 @@ def test_nothing_is_decided_when_half_the_verdicts_fail(server: Served, tmp_path
     assert summary["failures"]["HTTP 400"] > 10 and summary["test"]["final"]["failed"] > 10
 
 
+TOO_LONG = status(400, "the prompt is too long: 5210 tokens, and the context holds 4096")
+LESSON = chat(json.dumps({"lesson": "看清楚祝福写给谁，也看清楚是什么日子，" * 10}, ensure_ascii=False))
+
+
+def test_an_optimiser_that_is_never_heard_is_no_rejected_rewrite(
+    server: Served, tmp_path: Path, labelled: Path
+) -> None:
+    replies = {"optimiser": TOO_LONG, "reflector": LESSON}
+    server.replies[:] = [lambda request: replies.get(role(request)) or critic(request)]
+    lost = "3 of 3 rounds lack answers (the optimiser was not heard: HTTP 400); run again"
+    versions, _ = refine(tmp_path / "run", labelled, server.url, "--patience", 2, code=3, told=lost)
+    assert [v["why"] for v in versions[1:]] == ["the optimiser was not heard: HTTP 400"] * 3
+    versions, _ = refine(tmp_path / "run", labelled, server.url, "--patience", 2, code=3, told=lost)
+    server.replies[:] = [critic]  # the endpoint is mended: the rounds are played again
+    versions, _ = refine(tmp_path / "run", labelled, server.url, "--patience", 2)
+    assert any(v["accepted"] for v in versions[1:])
+
+
+def test_feedback_that_is_too_long_is_shortened(server: Served, tmp_path: Path, labelled: Path) -> None:
+    def small_context(request: dict) -> Reply:
+        if role(request) == "optimiser" and max(map(len, data_of(request["messages"])["feedback"])) > 110:
+            return TOO_LONG
+        return LESSON if role(request) == "reflector" else critic(request)
+
+    server.replies[:] = [small_context]
+    versions, summary = refine(tmp_path / "run", labelled, server.url)
+    assert summary["failures"]["HTTP 400"] and not any("heard" in v["why"] for v in versions)
+    shown = [data_of(r["messages"])["feedback"] for r in server.asked if role(r) == "optimiser"]
+    cut = json.loads(json.loads(LESSON.body)["choices"][0]["message"]["content"])["lesson"][:100] + "（"
+    assert any(item.startswith(cut) for feedback in shown for item in feedback)
+
+
+@pytest.mark.parametrize("silent", ["reflector", "detector"])
+def test_feedback_that_never_came_is_no_rejected_rewrite(
+    server: Served, tmp_path: Path, labelled: Path, silent: str
+) -> None:
+    heard = []
+
+    def broken(request: dict) -> Reply:
+        heard.append(role(request))
+        failing = role(request) == silent and (silent == "reflector" or heard.count(silent) > 60)
+        return status(400) if failing else critic(request)
+
+    server.replies[:] = [broken]
+    versions, _ = refine(tmp_path / "run", labelled, server.url, "--no-adversary", "--rounds", 2, code=3)
+    assert versions[-1]["why"] == "one who gives feedback was not heard: HTTP 400"
+
+
+def test_nobody_is_told_to_ask_again_what_will_be_refused_again(server: Served, tmp_path: Path, labelled: Path) -> None:
+    refused = chat("", "content_filter")
+    server.replies[:] = [lambda request: refused if role(request) == "optimiser" else critic(request)]
+    versions, _ = refine(tmp_path / "run", labelled, server.url, told="another call would bring the same")
+    assert versions[1]["why"] == "the optimiser was not heard: content filter"
+
+
 def test_a_judge_that_always_says_yes_is_called_that(server: Served, tmp_path: Path, labelled: Path) -> None:
     yes = chat('{"reason": "好", "verdict": 1}')
     server.replies[:] = [lambda request: yes if role(request) == "detector" else critic(request)]
@@ -170,7 +217,7 @@ def test_a_grade_is_the_reward_of_step_4(server: Served, run: Path, tmp_path: Pa
         odds = {"1": 0.6, "0": 0.2} if good == b"1" else {"1": 0.1, "0": 0.9}
         return spelled(b'{"reason": "', "好".encode(), b'", "verdict": ', good, b"}", at3=odds)
 
-    server.replies[:] = [graded]
+    server.replies[:] = [lambda request: graded(request) if role(request) == "detector" else critic(request)]
     flags = ["--reward", "judge", "--graded", "--run", tmp_path / "run", "--queries", run.parent / "queries.jsonl"]
     flags += ["--policy", tiny_policy(), "--bits", 16, "--base-url", server.url, "--model", "m", "--steps", 1]
     flags += ["--queries-per-step", 4, "--mini-batch", 4, "--micro-batch", 16, "--max-tokens", 24]
@@ -214,11 +261,11 @@ def test_killed_it_goes_on_and_ends_with_the_same_file(server: Served, tmp_path:
     asked, server.dwell = len(server.asked), 0.005
     for moment in (100, 300, 500):
         before = len(server.asked)
-        process = start(tmp_path / "killed", labelled, server.url)
-        while len(server.asked) - asked < moment and process.poll() is None:
+        process = start_script(*command(tmp_path / "killed", labelled, server.url))
+        while len(server.asked) - asked < moment and process.is_alive():
             time.sleep(0.002)
         process.kill()
-        process.communicate()
+        process.join()
         assert len(server.asked) > before
     versions, summary = refine(tmp_path / "killed", labelled, server.url)
     assert versions == whole
@@ -239,6 +286,5 @@ def test_labels_that_cannot_decide_are_refused(
     path = tmp_path / "labelled.jsonl"
     rows = [{k: v for k, v in row.items() if k != "id"} for row in lines(labelled)]
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in spoil(rows)), encoding="utf-8")
-    process = start(tmp_path / "run", path, server.url)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 2 and err.count("\n") == 1 and told in err and not server.asked
+    done = run_script(*command(tmp_path / "run", path, server.url))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and told in done.stderr and not server.asked

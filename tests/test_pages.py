@@ -3,9 +3,15 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import lines, run_script
+from test_stats import greeting
+
+from common.answers import WEIGHTS
+from common.report.pages import templates
+from common.report.people import rating_id, rating_page, read_ratings
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(
@@ -179,3 +185,180 @@ def test_a_persons_path_by_keyboard_with_a_reload_to_the_joined_report(run: Path
     report = visit(copy / "report.html")
     assert report.locator("#policies th", has_text="people").count() == 1
     assert "2 raters" in report.locator("#people").inner_text()
+
+
+# ---- the rating page ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rating_tab(tmp_path: Path, visit):
+    """Opens the rating page of two policies' greetings for six queries; `beside` a tab: in the same browser."""
+    rows = [greeting(name, n, f"{name}祝{n}", 1) for name in ("a", "b") for n in range(6)]
+    path = tmp_path / "annotate.html"
+    shown = rating_page(SimpleNamespace(annotate=10), rows, [f"q{n}" for n in range(6)])
+    path.write_text(templates().get_template("annotate.html").render(page=shown, dimensions=list(WEIGHTS)), "utf-8")
+
+    def open_tab(rater: str = "", beside=None):
+        if beside:
+            tab = beside.context.new_page()
+            tab.goto(path.as_uri())
+        else:
+            tab = visit(path)
+        if rater:
+            sign_in(tab, rater)
+        return tab
+
+    open_tab.rows = rows
+    return open_tab
+
+
+def sign_in(tab, rater: str) -> None:
+    tab.fill("#rater", rater)
+    tab.press("#rater", "Enter")
+
+
+def press(tab, keys: str) -> None:
+    for key in keys:
+        tab.keyboard.press(key)
+
+
+def finished(tab) -> int:
+    """How many items the page says are done, of those it shows now."""
+    return int(tab.locator("#place").inner_text().split("已完成")[1].split()[0])
+
+
+def saved_rows(tab, path: Path) -> list[dict]:
+    with tab.expect_download() as download:
+        tab.click("#save")
+    download.value.save_as(path)
+    return lines(path)
+
+
+def test_enter_that_ends_an_input_methods_word_does_not_end_the_name(rating_tab) -> None:
+    tab = rating_tab()
+    tab.focus("#rater")
+    keyboard = tab.context.new_cdp_session(tab)
+    keyboard.send("Input.imeSetComposition", {"text": "zhang'san", "selectionStart": 9, "selectionEnd": 9})
+    enter = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13}
+    keyboard.send("Input.dispatchKeyEvent", {"type": "rawKeyDown"} | enter)
+    after_the_word = (
+        "$('rater').dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter', keyCode: 229, bubbles: true}))"
+    )
+    tab.evaluate(after_the_word)  # Safari sends it when the word is complete
+    assert tab.locator("#place").inner_text() == "" and tab.evaluate("localStorage.length") == 0
+    keyboard.send("Input.insertText", {"text": "张三"})
+    tab.press("#rater", "Enter")
+    press(tab, "1")
+    assert tab.input_value("#rater") == "张三" and tab.evaluate("Object.keys(localStorage)") == ["greetings 张三"]
+
+
+def test_digits_that_choose_an_input_methods_word_rate_nothing(rating_tab) -> None:
+    tab = rating_tab("甲")
+    press(tab, "m")
+    choosing = "{key: '1', keyCode: 229, isComposing: true, bubbles: true}"
+    tab.evaluate(
+        f"for (const e of [$('rater'), document.body]) e.dispatchEvent(new KeyboardEvent('keydown', {choosing}))"
+    )
+    assert finished(tab) == 0
+
+
+def test_a_key_held_down_and_a_double_click_rate_one_pair(rating_tab) -> None:
+    tab = rating_tab("甲")
+    press(tab, "m")
+    for _ in range(5):
+        tab.keyboard.down("1")  # as the keyboard repeats it
+    tab.keyboard.up("1")
+    assert finished(tab) == 1
+    tab.locator(".choices button").first.dblclick()
+    assert finished(tab) == 2
+    tab.locator(".choices button").first.click()
+    assert finished(tab) == 3
+
+
+def test_two_tabs_of_one_rater_keep_what_both_rate(rating_tab, tmp_path: Path) -> None:
+    one = rating_tab("甲")
+    two = rating_tab("甲", beside=one)
+    press(one, "33333")
+    two.wait_for_function("$('place').textContent.includes('已完成 1 条')", polling=50)  # it hears of it at once
+    two.keyboard.press("ArrowRight")
+    press(two, "22222")
+    one.keyboard.press("ArrowRight")
+    press(one, "11")  # the third greeting: half in one tab, half in the other
+    two.wait_for_function("document.querySelectorAll('.row button.on').length === 2", polling=50)
+    press(two, "11")
+    two.keyboard.press("ArrowDown")
+    two.keyboard.press("ArrowDown")
+    press(two, "3")
+    for tab in (one, two):
+        tab.reload()
+        assert tab.input_value("#rater") == "甲" and finished(tab) == 2
+    grades = [list(row["grades"].values()) for row in saved_rows(two, tmp_path / "saved.jsonl")]
+    assert sorted(grades) == [[1, 1, 3], [2] * 5, [3] * 5]
+
+
+def test_the_next_rater_takes_nothing_over_and_the_first_finds_it_all_again(rating_tab, tmp_path: Path) -> None:
+    first = rating_tab("甲")
+    press(first, "33333m12")
+    second = rating_tab(beside=first)
+    assert second.input_value("#rater") == "" and second.locator("#place").inner_text() == ""
+    press(second, "1m1")  # no name, so nobody rates
+    sign_in(second, "乙")
+    assert finished(second) == 0 and "第 1 条" in second.locator("#place").inner_text()
+    press(second, "22222")
+    first.reload()
+    assert first.input_value("#rater") == "甲" and finished(first) == 1
+    # In one tab: the name changed, taken away, and written by another keyboard.
+    sign_in(first, "丙")
+    assert finished(first) == 0
+    press(first, "11111")
+    sign_in(first, " ")
+    assert first.input_value("#rater") == "丙"
+    sign_in(first, " 甲\u3000")
+    assert first.input_value("#rater") == "甲" and finished(first) == 1
+    rows = saved_rows(first, tmp_path / "saved.jsonl")
+    assert {row["rater"] for row in rows} == {"甲"} and len(rows) == 3
+    assert [row["grades"]["culture"] for row in saved_rows(second, tmp_path / "other.jsonl")] == [2]
+
+
+def test_a_browser_that_keeps_nothing_loses_nothing_while_the_page_is_open(rating_tab, tmp_path: Path) -> None:
+    tab = rating_tab()
+    tab.evaluate("() => { Storage.prototype.setItem = () => { throw new Error('full'); }; }")
+    sign_in(tab, "甲")
+    press(tab, "33333")
+    assert "浏览器不让存" in tab.locator("#told").inner_text()
+    sign_in(tab, "乙")
+    assert finished(tab) == 0
+    sign_in(tab, "甲")
+    assert finished(tab) == 1 and len(saved_rows(tab, tmp_path / "saved.jsonl")) == 1
+
+
+def test_ratings_outlast_a_page_made_again_and_two_saves_count_once(rating_tab, tmp_path: Path) -> None:
+    tab = rating_tab("甲")
+    press(tab, "33333" * 3 + "m12")
+    early = saved_rows(tab, tmp_path / "annotations.jsonl")
+    # A policy and queries come, the ids are others.
+    rows = [greeting(name, n, f"{name}祝{n}", 1) for name in ("c", "a", "b") for n in range(8)]
+    rows = [row | {"id": f"new {row['id']}", "query_id": f"new {row['query_id']}"} for row in rows]
+    queries = [f"new q{n}" for n in reversed(range(8))]
+    shown = rating_page(SimpleNamespace(annotate=10), rows, queries)
+    page = templates().get_template("annotate.html").render(page=shown, dimensions=list(WEIGHTS))
+    (tmp_path / "annotate.html").write_text(page, "utf-8")
+    tab.reload()
+    assert finished(tab) == 3 and "共 24 条" in tab.locator("#place").inner_text()
+    for item in shown["greetings"]:
+        if item["id"] == early[0]["id"]:
+            tab.evaluate(f"at.grades = {shown['greetings'].index(item)}; show()")
+    press(tab, "11111")  # a change of mind
+    late = saved_rows(tab, tmp_path / "annotations (1).jsonl")
+    assert len(early) == len(late) == 5
+    # The shell names the later file first.
+    files = [tmp_path / "annotations (1).jsonl", tmp_path / "annotations.jsonl"]
+    ratings = read_ratings(SimpleNamespace(annotations=files, run=tmp_path), rows)
+    assert len(ratings) == 5 and all(rating.finished for rating in ratings)
+    texts = {rating_id(row): row["response"] for row in rating_tab.rows}
+    of_run = {row["id"]: row["response"] for row in rows}
+    by_text = {of_run[r.id]: set(r.grades.values()) for r in ratings if not r.one}
+    rated = [texts[row["id"]] for row in early if "grades" in row]
+    assert by_text == {rated[0]: {1}, rated[1]: {3}, rated[2]: {3}}
+    winners = {of_run[getattr(r, r.better)] for r in ratings if r.one}
+    assert winners == {texts[row[row["better"]]] for row in early if "better" in row}

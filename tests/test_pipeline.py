@@ -122,7 +122,7 @@ def test_a_second_call_finds_everything_done(run: Path) -> None:
         ("03_refine_judge.py", ["--rounds", "3", "--seed", "7"], "--redo"),
         ("04_grpo.py", ["--reward", "praise"], "invalid choice"),
         ("04_grpo.py", ["--reward", "rm", "--wrong"], "unrecognized arguments: --wrong"),
-        ("05_evaluate.py", ["--queries", "{heldout}", "--seed", "7"], "--seed 0"),
+        ("05_evaluate.py", ["--queries", "{heldout}", "--seed", "7"], "--redo"),
         ("05_evaluate.py", ["--queries", "{heldout}", "--samples", "3"], "--redo"),
     ],
 )

@@ -5,8 +5,6 @@ import asyncio
 import importlib
 import json
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,10 +13,13 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, lines, run_script
 from endpoint import Reply, chat, critic, endpoint, settings, status
+from peft import get_peft_model
+from process import start_script
 
-from common import rewards
+from common import records, rewards, run_folder
+from common.greetings import present_policies
 from common.offline.tiny_model import tiny_policy
-from common.policy import load_policy
+from common.policy import load_policy, lora
 from common.prompts import PROMPTS
 from common.records import Query
 from common.rewards import Rewards
@@ -74,7 +75,7 @@ def judged(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 def sometimes(fails: Callable[[int], bool]) -> Callable[[dict], Reply]:
     """The critic, but for the requests whose number `fails` picks."""
     count = iter(range(10_000))
-    return lambda request: status(400) if fails(next(count)) else critic(request)
+    return lambda request: status(413) if fails(next(count)) else critic(request)
 
 
 def test_failures_are_asked_again_and_all_is_well(judged: Callable, tmp_path: Path) -> None:
@@ -147,15 +148,18 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(folder: Path, tmp_path: Pat
     whole = tmp_path / "whole"
     shutil.copytree(folder, whole)
     more = ["--reward", "judge", "--steps", "4", "--save-every", "2", "--watch-every", "2", "--watch-queries", "8"]
+    # Two steps an epoch: the checkpoint ends the first, and what comes after it must not be in the first one's order.
+    queries = tmp_path / "queries.jsonl"
+    records.write(queries, records.read(ROOT / "data/queries.jsonl", records.Query)[:8])
+    more += ["--queries", str(queries)]
     done = run_script("04_grpo.py", *flags(whole), *more)
     assert done.returncode == 0, done.stderr
-    command = [sys.executable, "04_grpo.py", *flags(folder), *more]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start_script("04_grpo.py", *flags(folder), *more)
     metrics, deadline = folder / "metrics_judge.jsonl", time.time() + 300
     while time.time() < deadline and not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 3):
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not (folder / "04_summary_judge.json").is_file()
     done = run_script("04_grpo.py", *flags(folder), *more)
     assert done.returncode == 0, done.stderr
@@ -242,35 +246,7 @@ def test_a_reward_that_rises_while_the_grades_fall_is_a_hack(look: Callable) -> 
 def test_a_fall_inside_noise_is_none(look: Callable) -> None:
     look([2.4, 1.0, 2.2, 1.0] * 10, [])
     row = look([1.0, 2.3, 1.0, 2.2] * 10, [0.1, 0.5, 0.9])
-    assert row["difference"][0] < 0 < row["difference"][2] and row["hack"] is False and row["best"] is False
-
-
-# ---- the plan -------------------------------------------------------------------------------------------------------
-
-
-def test_the_plan_counts_the_parameters_of_the_default_model() -> None:
-    done = run_script("04_grpo.py", "--reward", "judge", "--plan")
-    assert done.returncode == 0, done.stderr
-    size = {line.split("GiB")[1].strip(): float(line.split()[0]) for line in done.stdout.splitlines()}
-    assert size["rollouts: base in bf16"] == pytest.approx(2 * 7_615_283_200 / 2**30, abs=0.06)  # but norms and biases
-    adapter = size["trainer: adapter, its gradient and Adam's two moments, fp32"]
-    assert adapter == pytest.approx(16 * 40_370_176 / 2**30, abs=0.06)
-
-
-@pytest.mark.parametrize(
-    ("flags", "remedy"),
-    [(["--gpu-memory", "60"], "with --sleep it does"), (["--micro-batch", "32"], "with --sleep it does"),
-     (["--gpu-memory", "20"], "take a smaller --policy")],
-)  # fmt: skip
-def test_a_plan_that_does_not_fit_names_the_flag_that_would(flags: list[str], remedy: str) -> None:
-    done = run_script("04_grpo.py", "--reward", "judge", "--plan", *flags)
-    assert done.returncode == 2 and remedy in done.stderr
-    assert done.stderr.count("\n") == 1
-
-
-def test_a_judge_elsewhere_takes_no_memory() -> None:
-    done = run_script("04_grpo.py", "--reward", "judge", "--plan", "--base-url", "https://judge.example/v1")
-    assert done.returncode == 0 and "judge's server" not in done.stdout
+    assert row["difference"]["value"] < 0 < row["difference"]["hi"] and row["hack"] is False and row["best"] is False
 
 
 def test_an_engine_that_is_not_there_is_named(folder: Path) -> None:
@@ -289,3 +265,74 @@ def test_a_policy_has_a_card_that_says_what_it_is(run: Path) -> None:
     assert f"its reward went from {summary['reward']['first']:.3f} to\n{summary['reward']['last']:.3f}" in card
     assert f"base_model: {tiny_policy()}" in card and "请只生成一条祝福语：..." in card
     assert "Model Card for Model ID" not in card and not (run / "policy_judge/README.md.tmp").exists()
+
+
+# ---- what there is to start from -------------------------------------------------------------------------------------
+
+
+def save_adapter(folder: Path, base: str) -> None:
+    """An adapter that was never trained."""
+    get_peft_model(load_policy(base, 16)[0], lora(4, "CAUSAL_LM")).save_pretrained(folder)
+
+
+def begin_stage(run: Path, name: str, done: bool) -> None:
+    (run / "stages").mkdir(exist_ok=True)
+    (run / f"stages/{name}.json").write_text(json.dumps({"done": done, "settings": {}}))
+
+
+def test_queries_that_do_not_fill_a_step_end_it_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    grpo = importlib.import_module("04_grpo")
+    queries = (ROOT / "data/queries.jsonl").read_text(encoding="utf-8").split("\n")[:15]
+    long = json.dumps({"query": "".join(chr(0x4E00 + n) for n in range(600))})
+    (tmp_path / "q.jsonl").write_text("\n".join([*queries, long]) + "\n", encoding="utf-8")
+    save_adapter(tmp_path / "run/policy_sft", str(tiny_policy()))
+    (tmp_path / "run/principles.jsonl").write_text('{"principles": ["通顺。"], "accepted": true, "version": 0}\n')
+    for name in ("Rewards", "load_policy"):
+        monkeypatch.setattr(grpo, name, lambda *some: pytest.fail("it was loaded"))
+    flags = ["--offline", "--reward", "judge", "--run", tmp_path / "run", "--queries", tmp_path / "q.jsonl"]
+    monkeypatch.setattr(sys, "argv", ["04_grpo.py", *map(str, flags)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        grpo.main(grpo.parse_args())
+    *_, line = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and "has 15 queries" in line and "--queries-per-step 16" in line
+    assert not (tmp_path / "run/policy_judge").exists()
+
+    # Nothing was made, so other queries need no --redo.
+    monkeypatch.setattr(grpo, "grpo", lambda args, base: sys.exit(0))
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], str(ROOT / "data/queries.jsonl")])
+    run_folder._locks.clear()  # as the end of a process does
+    with pytest.raises(SystemExit) as stopped:
+        grpo.main(grpo.parse_args())
+    assert stopped.value.code == 0
+
+
+def test_a_policy_whose_training_has_not_ended_is_left_out_and_not_gone_on_from(tmp_path: Path, capsys) -> None:
+    base = str(tiny_policy())
+    for folder, done in {"sft": True, "rm": False}.items():
+        save_adapter(tmp_path / f"policy_{folder}", base)
+        begin_stage(tmp_path, f"04_{'none' if done else folder}", done)
+    args = argparse.Namespace(run=tmp_path, policies=[], api=[])
+    capsys.readouterr()
+    assert [policy.name for policy in present_policies(args, base)] == ["base", "sft"]
+    rm, judge = capsys.readouterr().err.splitlines()
+    assert "policy_rm" in rm and "make it with: python 04_grpo.py --reward rm" in rm and "policy_judge" in judge
+
+    begin_stage(tmp_path, "04_none", done=False)
+    assert [policy.name for policy in present_policies(args, base)] == ["base"]
+    done = run_script("04_grpo.py", "--offline", "--reward", "judge", "--run", tmp_path)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and "has not ended" in line and "--reward none" in line
+
+
+def test_a_base_without_a_chat_template_ends_the_sft_with_one_line(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_policy(), tmp_path / "base"))
+    (folder / "chat_template.jinja").unlink()
+    sides = {"prompt": [{"role": "user", "content": "问"}], "completion": [{"role": "assistant", "content": "答"}]}
+    (tmp_path / "s.jsonl").write_text(json.dumps(sides) + "\n")
+    flags = ["--offline", "--reward", "none", "--policy", folder, "--sft", tmp_path / "s.jsonl"]
+    done = run_script("04_grpo.py", *flags, "--run", tmp_path / "run")
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and "no chat template" in line

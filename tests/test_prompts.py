@@ -1,5 +1,9 @@
 """Prompt files: every slot filled in, and what is judged held as data, whatever it says."""
 
+import codecs
+import shutil
+from pathlib import Path
+
 import pytest
 from endpoint import HOSTILE, data_of
 
@@ -56,3 +60,30 @@ def test_what_is_judged_stays_inside_data(role: str, text: str) -> None:
     hostile = {"query": text, "response": text}
     system, user = render(role, **SLOTS[role] | hostile)
     assert data_of([system, user]) == ROLES[role][0] | hostile and system == render(role, **SLOTS[role])[0]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
+def test_an_editor_s_marks_and_line_ends_change_no_prompt(tmp_path: Path, mark: bytes, end: str) -> None:
+    shutil.copytree(PROMPTS, tmp_path / "prompts")
+    for path in (tmp_path / "prompts").glob("*.md"):
+        path.write_bytes(mark + path.read_bytes().replace(b"\n", end.encode()))
+    assert render("policy", tmp_path / "prompts", **SLOTS["policy"]) == render("policy", **SLOTS["policy"])
+    for role in ROLES:
+        assert render(role, tmp_path / "prompts", **SLOTS[role]) == render(role, **SLOTS[role])
+    for name in ("principles", "strategies"):
+        assert read_rules(tmp_path / "prompts" / f"{name}.md") == read_rules(PROMPTS / f"{name}.md")
+
+
+def test_no_rule_is_lost_where_files_are_joined_or_a_rule_holds_a_line_separator(tmp_path: Path) -> None:
+    path = tmp_path / "rules.md"
+    path.write_text("\ufeff- 语言\u2028通顺\r\n\ufeff- 情感\x85真挚\r\n", encoding="utf-8", newline="")
+    assert read_rules(path) == ["语言\u2028通顺", "情感\x85真挚"]
+
+
+def test_rules_that_are_not_utf_8_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "rules.md"
+    path.write_bytes("- 语言通顺\n".encode("gbk"))
+    with pytest.raises(SystemExit) as end:
+        read_rules(path)
+    assert end.value.code == 2 and capsys.readouterr().err == f"error: {path}: not UTF-8; save the file as UTF-8\n"

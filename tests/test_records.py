@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,8 +22,10 @@ from common.records import (
     read,
     read_lines,
     split_labelled,
+    stream,
     write,
 )
+from common.report.evaluators import training_texts
 from common.run_folder import ROOT, Stage, digest, open_run
 
 GREETINGS = [Candidate(query=f"祝福 {n}", response=f"第{n}句：愿你“平安”喜乐 🎉，万事如意。") for n in range(3)]
@@ -58,8 +61,8 @@ def tree(folder: Path) -> dict[str, bytes]:
         (b'{"query": "a"}\n{"text": "b"}\n', ["q.jsonl:2:", "query: Field required", "needs query"]),
         (b'{"query": " "}\n', ["q.jsonl:1:", "query: ", "needs query"]),
         (b'["query"]\n', ["q.jsonl:1:", "needs query"]),
-        (b'{"query": "a"}\n\n{"query": " a "}\n', ["q.jsonl:3:", "same id as line 1", "delete one"]),
-        (b'{"id": "x", "query": "a"}\n{"id": "x", "query": "b"}\n', ["q.jsonl:2:", "same id as line 1 (x)", "delete"]),
+        (b'{"query": "a"}\n\n{"query": " a "}\n', ["q.jsonl:3:", "same id as", "q.jsonl:1 (", "delete one"]),
+        (b'{"id": "x", "query": "a"}\n{"id": "x", "query": "b"}\n', ["q.jsonl:2:", "q.jsonl:1 (x)", "delete"]),
         ('{"query": "a"}\n{"query": "母亲节"}\n'.encode("gbk"), ["q.jsonl:2:", "not UTF-8", "save the file as UTF-8"]),
     ],
 )
@@ -119,20 +122,85 @@ def test_a_broken_middle_line_is_named_and_nothing_changed(tmp_path: Path, refus
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("rows", [[GREETINGS[1], {"x": object()}], [GREETINGS[1], {"x": "\ud83d"}]])
-def test_write_leaves_the_old_file_when_it_fails(tmp_path: Path, rows: list) -> None:
+def test_write_leaves_the_old_file_when_it_fails(tmp_path: Path) -> None:
     path = tmp_path / "new folder" / "c.jsonl"
     write(path, GREETINGS)
     before = path.read_bytes()
-    with pytest.raises((TypeError, UnicodeEncodeError)):
-        write(path, rows)
+    with pytest.raises(TypeError):
+        write(path, [GREETINGS[1], {"x": object()}])
     assert path.read_bytes() == before and read(path, Candidate) == GREETINGS
 
 
-def test_a_line_separator_inside_a_text_does_not_tear_its_row(tmp_path: Path) -> None:
-    rows = [{"text": "愿你\u2028平安"}, {"text": "\x85\u2029"}]
-    write(tmp_path / "rows.jsonl", rows)
-    assert read_lines(tmp_path / "rows.jsonl") == rows and read_lines(tmp_path / "missing.jsonl") == []
+# ---- text as it comes: line separators, byte order marks, half characters, ids ---------------------------------------
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x1c", "\v", "\f", "\r", "\r\n"])
+def test_only_a_newline_ends_a_row(tmp_path: Path, mark: str) -> None:
+    path, rows = (
+        tmp_path / "rows.jsonl",
+        [{"query": "春节", "response": f"愿你{mark}平安"}, {"query": "元宵", "response": "月圆"}],
+    )
+    write(path, rows)
+    assert read_lines(path) == rows and [record.response for record in read(path, Candidate)] == [
+        f"愿你{mark}平安",
+        "月圆",
+    ]
+    write(path, (record for record in read(path, Candidate)))
+    with Appender(path) as append:
+        assert append.done == {record.id for record in read(path, Candidate)}
+    assert read_lines(tmp_path / "missing.jsonl") == []
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_byte_order_marks_are_taken_off_every_line(tmp_path: Path, end: bytes) -> None:
+    """Two files that each begin with a mark, joined by `cat`, and a last line that holds nothing else."""
+    path, bom = tmp_path / "q.jsonl", "\ufeff".encode()
+    path.write_bytes(bom + b'{"query": "a"}' + end + bom + bom + b'{"query": "b"}' + end + bom)
+    assert [query.query for query in read(path, Query)] == ["a", "b"]
+    assert read_lines(path) == [{"query": "a"}, {"query": "b"}]
+
+
+def test_half_of_a_character_is_replaced_where_it_is_read_and_where_it_is_written(tmp_path: Path) -> None:
+    """JSON may name half of a surrogate pair, as where a text was cut inside an emoji; UTF-8 cannot hold it."""
+    path = tmp_path / "c.jsonl"
+    path.write_text('{"query": "春节", "response": "平安\\ud83d", "mine": ["\\ude00", "\\ud83d\\ude00"]}\n')
+    (record,) = read(path, Candidate)
+    assert (record.response, record.mine) == ("平安\ufffd", ["\ufffd", "😀"])
+    record.source = "cut \ud83d"
+    with Appender(tmp_path / "appended.jsonl") as append:
+        append(record)
+    write(tmp_path / "written.jsonl", [record, {"x": "\ud83d"}])
+    run_folder.replace_file(tmp_path / "replaced.txt", "caf\udce9 \ud83d\ude00")  # a folder's name that is not UTF-8
+    assert [row["source"] for row in read_lines(tmp_path / "appended.jsonl")] == ["cut \ufffd"]
+    assert read_lines(tmp_path / "written.jsonl")[1] == {"x": "\ufffd"}
+    assert (tmp_path / "replaced.txt").read_text(encoding="utf-8") == "caf\ufffd 😀"
+    assert digest("\ud83d") != digest("\ude00")
+
+
+@pytest.mark.parametrize(("given", "taken"), [("7", "7"), ("1.0", "1.0"), ('"x"', "x"), ('" "', Query(query="a").id)])
+def test_a_number_as_an_id_is_taken_as_text(tmp_path: Path, given: str, taken: str) -> None:
+    (tmp_path / "q.jsonl").write_text(f'{{"id": {given}, "query": "a"}}\n')
+    assert [query.id for query in read(tmp_path / "q.jsonl", Query)] == [taken]
+
+
+@pytest.mark.parametrize("given", ["null", "true", "[1]", "{}"])
+def test_an_id_that_is_none_is_refused(tmp_path: Path, refusal: Refusal, given: str) -> None:
+    (tmp_path / "q.jsonl").write_text(f'{{"query": "b"}}\n{{"id": {given}, "query": "a"}}\n')
+    line = refusal(lambda: read(tmp_path / "q.jsonl", Query))
+    assert "q.jsonl:2: id: " in line and "or leave it out" in line and "needs query" not in line
+
+
+def test_an_id_that_two_records_share_is_named_with_both_places(tmp_path: Path, refusal: Refusal) -> None:
+    """Numbers that begin anew in each file; the very same record twice is nobody's loss."""
+    one, other, number = (tmp_path / name for name in ("one.jsonl", "other.jsonl", "number.jsonl"))
+    one.write_text('{"id": "1", "query": "a", "response": "x"}\n\n{"id": "1", "query": "a", "response": "x "}\n')
+    other.write_text('{"query": "a", "response": "y"}\n{"id": "1", "query": "a", "response": "y"}\n')
+    number.write_text('{"id": 1, "query": "b", "response": "x"}\n')
+    for second, place in ((other, "other.jsonl:2:"), (number, "number.jsonl:1:")):
+        ids: dict[str, tuple] = {}
+        assert len(list(stream(one, Candidate, unique=ids))) == 2
+        line = refusal(lambda: list(stream(second, Candidate, unique=ids)))  # noqa: B023 - called at once
+        assert place in line and "one.jsonl:1" in line and "(1)" in line
 
 
 # ---- settings: the flags of named groups ----------------------------------------------------------------------------
@@ -238,6 +306,23 @@ def test_redo_moves_an_output_in_a_folder_of_its_own_too(tmp_path: Path) -> None
     assert moved.read_text() == "first" and not output.exists()
 
 
+def test_a_stage_of_a_checkout_that_was_moved_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it was made with names a model inside the checkout; one elsewhere is another one at another place."""
+    keys = []
+    for checkout in ("/home/old", "/srv/新"):
+        monkeypatch.setattr(run_folder, "ROOT", Path(checkout))
+        base = f"{checkout}/outputs/tiny"
+        stage = Stage(tmp_path, "02_rm", ["a"], {"base": base, "policies": [base, "/models/qwen"]})
+        keys.append(digest("query", base, 1))
+        (tmp_path / "a").touch()
+    assert not stage.replaced and keys[0] == keys[1] != digest("query", "/models/tiny", 1)
+    stage.finish()
+    assert Stage(tmp_path, "02_rm", ["a"], {"base": base, "policies": [base, "/models/qwen"]}).done
+    monkeypatch.setattr(run_folder, "ROOT", Path("/srv"))
+    with pytest.raises(SystemExit):
+        Stage(tmp_path, "02_rm", ["a"], {"base": "/models/tiny", "policies": [base, "/models/qwen"]})
+
+
 def test_outputs_without_their_settings_are_not_taken_over(tmp_path: Path, refusal: Refusal) -> None:
     (tmp_path / "a.jsonl").write_text("whose?")
     line = refusal(lambda: reopen(tmp_path, redo=True))
@@ -252,6 +337,31 @@ def test_a_stage_whose_outputs_were_lost_is_not_done_until_it_is_finished_again(
     assert not reopen(tmp_path).done
     (tmp_path / "a.jsonl").write_text("half of it")  # and here the process is killed
     assert not reopen(tmp_path).done
+
+
+def test_a_terminal_that_knows_no_emoji_ends_no_run() -> None:
+    code = "from common.run_folder import launch; launch(lambda args: print('平安 🎉 \\ud83d'), None)"
+    environment = os.environ | {"PYTHONIOENCODING": "gbk"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, env=environment)
+    assert done.returncode == 0 and "平安".encode("gbk") in done.stdout, done.stderr
+
+
+def test_a_summary_finds_its_inputs_again_in_a_checkout_that_was_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "old/outputs/run"
+    write(
+        run / "sft.jsonl",
+        [{"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]}],
+    )
+    monkeypatch.setattr(run_folder, "ROOT", tmp_path / "old")
+    monkeypatch.chdir(tmp_path / "old")
+    args = argparse.Namespace(run=Path("outputs/run"), sft=Path("outputs/run/sft.jsonl"))
+    run_folder.write_summary(args, "04_summary_none", 0.0, {})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old").rename(tmp_path / "new")
+    monkeypatch.setattr(run_folder, "ROOT", tmp_path / "new")
+    assert training_texts(tmp_path / "new/outputs/run")["sft"] == {"a"}
 
 
 def test_a_second_process_is_refused_while_the_first_holds_the_run_folder(tmp_path: Path) -> None:

@@ -14,10 +14,14 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, lines, run_script
 
+from common import run_folder
+from common.offline.tiny_model import tiny_policy
 from common.policy import find_policy
 from common.records import Preference, Reference, read, write
 from common.reward_model import RewardModel, apply_calibration, fit_calibration
-from common.spoilt import ATTACKS, BANK, SPOILERS, OtherGreetings, derived_pairs
+from common.run_folder import file_hash
+from common.spoilt import ATTACKS, BANK, SPOILERS, derived_pairs, other_greeting
+from common.trainers import last_checkpoint
 
 rm = importlib.import_module("02_train_rm")
 SCRIPT = "02_train_rm.py"
@@ -82,13 +86,12 @@ def test_every_kind_of_spoilt_text_is_worse_in_words_that_training_does_not_see(
 def test_another_occasion_is_another_occasion() -> None:
     rows = {"给妈妈的母亲节祝福": "妈妈，节日快乐，汤在锅里。", "中秋发给客户": "月圆人安，改日登门。"}
     some = [pair(query, text, "好") for query, text in (rows | {"随便写一句": "今天也要好好吃饭。"}).items()]
-    others, rng = OtherGreetings(some), random.Random(0)
-    drawn = [others.draw("other_occasion", p, rng) for p in some]
+    rng = random.Random(0)
+    drawn = [other_greeting("other_occasion", p, some, rng) for p in some]
     assert drawn == ["月圆人安，改日登门。", "妈妈，节日快乐，汤在锅里。", ""]
-    assert others.draw("cut", some[0], rng) == ""
+    assert other_greeting("cut", some[0], some, rng) == ""
     kindred = [pair("元旦祝福", "新岁安康，今晚早点睡。", "好"), pair("春节祝福", "过年好，饺子管够。", "好")]
-    others = OtherGreetings(kindred)
-    assert [others.draw("other_occasion", p, rng) for p in kindred] == ["", ""]  # might do for both
+    assert [other_greeting("other_occasion", p, kindred, rng) for p in kindred] == ["", ""]  # might do for both
 
 
 def test_another_person_is_another_person_on_the_same_occasion() -> None:
@@ -97,8 +100,8 @@ def test_another_person_is_another_person_on_the_same_occasion() -> None:
         "生日祝福": "生日快乐，吃好喝好。", "春节给领导拜年": "领导，过年好，给您拜年。",
     }  # fmt: skip
     some = [pair(query, text, "好") for query, text in rows.items()]
-    others, rng = OtherGreetings(some), random.Random(0)
-    drawn = [others.draw("other_recipient", p, rng) for p in some]
+    rng = random.Random(0)
+    drawn = [other_greeting("other_recipient", p, some, rng) for p in some]
     assert drawn == [rows["祝老师生日快乐"], rows["妈妈生日祝福"], "", ""]
 
 
@@ -332,7 +335,7 @@ def test_scores_in_four_bits_hardly_depend_on_the_batch(plain: Path) -> None:
 
     card = (plain / "rm/README.md").read_text(encoding="utf-8")
     base, _ = find_policy(plain / "rm")
-    model = RewardModel(plain / "rm", base, 4, ROOT / "prompts")
+    model = RewardModel(plain / "rm", base, ROOT / "prompts")
     assert any(isinstance(module, Linear4bit) for module in model.model.modules())
     assert model.model.base_model.model.score.modules_to_save["default"].weight.dtype == torch.float32
     rows = lines(plain / "rm_eval.jsonl")[:20]
@@ -345,19 +348,72 @@ def test_scores_in_four_bits_hardly_depend_on_the_batch(plain: Path) -> None:
     assert [names["score"](r["query"], r["chosen"]) for r in rows[:5]] == pytest.approx(alone[:5], abs=0.05)
 
 
-@pytest.mark.parametrize(
-    ("spoil", "told"),
-    [
-        (lambda folder: (folder / "calibration.json").unlink(), "run 02_train_rm.py again"),
-        (lambda folder: None, "was trained with --bits 4, not 16"),
-    ],
-)
-def test_a_reward_model_that_is_not_whole_or_of_other_bits_is_refused(
-    plain: Path, tmp_path: Path, step, capsys, spoil, told
-) -> None:
+def test_a_reward_model_that_is_not_whole_is_refused(plain: Path, tmp_path: Path, step, capsys) -> None:
     shutil.copytree(plain / "rm", tmp_path / "rm")
-    spoil(tmp_path / "rm")
+    (tmp_path / "rm" / "calibration.json").unlink()
     write(tmp_path / "some.jsonl", [{"query": "教师节", "response": "老师好。"}])
     assert step("--run", tmp_path, "--score", tmp_path / "some.jsonl") == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert told in line
+    assert "run 02_train_rm.py again" in line
+
+
+def test_a_file_to_score_may_have_a_mark_blank_lines_and_separators_in_a_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every row is printed as it was, beside its own score."""
+    step2, file = importlib.import_module("02_train_rm"), tmp_path / "c.jsonl"
+    rows = [{"query": "教师节", "response": f" 愿您\u2028{n}\x85", "mine": n} for n in range(5)]
+    texts = [json.dumps(row, ensure_ascii=False) for row in rows]
+    file.write_text("\ufeff" + "\r\n\r\n".join(texts), encoding="utf-8", newline="")
+    scorer = Namespace(score=lambda pairs: [len(text) / 10 for _, text in pairs])
+    monkeypatch.setattr(step2, "RewardModel", lambda *args: scorer)
+    args = Namespace(run=tmp_path, bits=16, prompts=None, score=file, batch_size_generate=2)
+    step2.score_file(args, "base")
+    printed = [json.loads(line) for line in capsys.readouterr().out.split("\n") if line]
+    assert printed == [row | {"score": 0.4} for row in rows]
+
+
+def test_early_stopping_keeps_its_count_over_kills(pairs: list[Preference], tmp_path: Path, step) -> None:
+    """Never killed, killed once and twice after the training, and between two checks: the same weights."""
+    write(tmp_path / "preferences.jsonl", pairs[:110])
+    flags = ["--run", tmp_path, "--learning-rate", 0.02, "--patience", 1, "--checks", 8, "--batch-size", 8]
+    weights, stage = tmp_path / "rm/adapter_model.safetensors", tmp_path / "stages/02_rm.json"
+    checkpoints, made = tmp_path / "rm_checkpoints", []
+    for kill in (None, "after", "after", "between"):
+        if kill:
+            run_folder._locks.clear()  # as the end of a process does
+            shutil.rmtree(tmp_path / "rm")
+            stage.write_text(stage.read_text().replace('"done": true', '"done": false'))
+        if kill == "between":
+            shutil.rmtree(last_checkpoint(checkpoints))
+            (checkpoints / "checkpoint-999").mkdir()  # was being written
+        assert step(*flags, "--derived", 1, "--stress-size", 5) == 0
+        log = json.loads((tmp_path / "02_summary.json").read_text())["log"]
+        made.append((file_hash(weights), [entry["step"] for entry in log if "eval_loss" in entry]))
+    assert len(made[0][1]) < 8  # it did stop early
+    assert made[1:] == [made[0]] * 3
+
+
+def test_a_base_without_a_chat_template_is_refused_before_it_is_loaded(
+    pairs: list[Preference], tmp_path: Path, step, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr(rm, "load_base", lambda *some, **more: pytest.fail("it was loaded"))
+    folder = Path(shutil.copytree(tiny_policy(), tmp_path / "base"))
+    (folder / "chat_template.jinja").unlink()
+    write(tmp_path / "preferences.jsonl", pairs)
+    assert step("--run", tmp_path, "--policy", folder, "--derived", 0) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no chat template" in line
+
+
+def test_a_base_that_names_no_pad_token_is_scored_in_batches(pairs: list[Preference], tmp_path: Path, step) -> None:
+    folder = Path(shutil.copytree(tiny_policy(), tmp_path / "base"))
+    for name, absent in {"tokenizer_config": "pad_token", "config": "pad_token_id"}.items():
+        values = json.loads((folder / f"{name}.json").read_text())
+        (folder / f"{name}.json").write_text(json.dumps(values | {absent: None}))
+    write(tmp_path / "preferences.jsonl", pairs[:80])
+    assert step("--run", tmp_path, "--policy", folder, "--derived", 0, "--checks", 1, "--stress-size", 5) == 0
+    names: dict = {}
+    exec(card_code((tmp_path / "rm/README.md").read_text(encoding="utf-8"), tmp_path), names)
+    for row in lines(tmp_path / "rm_eval.jsonl")[:5]:
+        assert names["score"](row["query"], row["chosen"]) == pytest.approx(row["chosen_score"], abs=1e-3)

@@ -26,6 +26,8 @@ script = sys.argv[1]
 if script == "-c" or "vllm.entrypoints.openai.api_server" in sys.argv:
     os.execv(sys.executable, sys.argv)
 print(json.dumps(sys.argv[1:]), file=open("asked", "a"))
+if "--choose" in sys.argv:
+    print("--policy small --bits 4\\n--engine hf\\n--micro-batch 4 --sleep\\n26")
 fails = json.loads(os.environ.get("FAILS", "{{}}"))
 sys.exit(fails.get(script, 0))
 """
@@ -46,7 +48,7 @@ HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Healthy).
 def shell_files() -> list[Path]:
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
     names = {name for name in tracked.stdout.splitlines() if name.endswith(".sh")}
-    return [ROOT / name for name in sorted(names | {"run.sh", ".ci/run", "tools/with_judge.sh"})]
+    return [ROOT / name for name in sorted(names | {"run.sh", ".ci/run", "tools/with_judge.sh", "bench/gpu.sh"})]
 
 
 def test_shell_files_are_clean_under_shellcheck() -> None:
@@ -103,17 +105,39 @@ def test_the_paper_run_starts_one_judge_around_all_steps(shell: Path) -> None:
             pytest.skip("something answers on port 8000 of this machine")
     flags = ["--model", "first", "--model=m", "--concurrency", "8"]
     check, *steps = asked(shell, 0, "--paper", *flags)
-    assert check == ["tools/check.py", *flags] and len(steps) == 7
-    assert all(step[-5:] == flags and "--offline" not in step for step in steps)
+    # Before the server and, with what it has left, after it.
+    choice = ["tools/check.py", "--choose", *flags]
+    assert check == ["tools/check.py", *flags] and steps[:2] == [choice, choice] and len(steps) == 9
+    assert all(step[-5:] == flags and "--offline" not in step for step in steps[2:])
     (server,) = (shell / "outputs/judge.log").read_text().splitlines()
     assert "'--model', 'm'" in server and "'--max-num-seqs', '8'" in server and "'--port', '8000'" in server
+    assert "'--gpu-memory-utilization', '0.326'" in server  # 26 * 1024 / 81559
 
 
 def test_the_paper_run_with_an_endpoint_starts_no_judge(shell: Path) -> None:
     flags = ["--base-url", "https://judge.example/v1"]
-    check, *steps = asked(shell, 0, "--paper", *flags)
-    assert check == ["tools/check.py", *flags] and len(steps) == 7
+    check, choice, *steps = asked(shell, 0, "--paper", *flags)
+    assert check == ["tools/check.py", *flags] and choice == ["tools/check.py", "--choose", *flags] and len(steps) == 7
     assert all(step[-2:] == flags for step in steps) and not (shell / "outputs").exists()
+
+
+def test_every_step_gets_those_of_the_chosen_settings_that_it_knows(shell: Path) -> None:
+    _, *steps = asked(shell, 0, "--policy", "mine")
+    for step in steps:
+        assert step.index("small") < step.index("mine")  # the command line's flags win
+        assert ("--engine" in step) == (step[0][:2] in ("01", "04", "05"))
+        assert ("--sleep" in step and "--micro-batch" in step) == step[0].startswith("04")
+
+
+def test_a_gpu_without_room_stops_before_the_first_step(shell: Path) -> None:
+    assert len(asked(shell, 2, **{"tools/check.py": 2})) == 1
+
+
+@pytest.mark.parametrize("visible", ["", "-1"])
+def test_a_hidden_gpu_is_not_used(shell: Path, visible: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    steps = asked(shell, 0)
+    assert len(steps) == 7 and all(step[-1] == "--offline" for step in steps)
 
 
 def test_checks_alone_run_no_step(shell: Path) -> None:

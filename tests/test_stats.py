@@ -175,29 +175,17 @@ def test_what_is_not_length_stays_at_equal_length() -> None:
     assert fair["bad"]["value"] == pytest.approx(0.4, abs=0.05)
 
 
-def test_wins_by_length_alone_are_none_at_equal_length() -> None:
-    rng, compared = random.Random(0), []
-    for n in range(400):
-        gap = round(rng.gauss(12, 14))
-        won = float(rng.random() < 1 / (1 + math.exp(-math.tanh(gap / 14) * 3)))
-        row = {"a": "long", "b": "short", "query_id": f"q{n}", "longer_by": gap, "outcome": won, "same": True}
-        compared.append(row)
-    wins = stats.wins_of(compared, ["long", "short"])
-    assert wins["judged"]["long"]["short"]["value"] > 0.65
-    assert wins["judged"]["short"]["long"]["value"] == pytest.approx(1 - wins["judged"]["long"]["short"]["value"])
-    assert abs(wins["at_equal_length"]["long"]["short"]["value"] - 0.5) < 0.07
-
-
 def test_wins_count_ties_as_half_and_leave_failures_out() -> None:
     compared = []
     for n, outcome in enumerate([1.0, 0.5, 0.0, 1.0, None]):
-        row = {"a": "x", "b": "y", "query_id": f"q{n}", "longer_by": 0, "outcome": outcome}
+        row = {"a": "x", "b": "y", "query_id": f"q{n}", "outcome": outcome}
         compared.append(row | {"same": None if outcome is None else outcome != 0.5})
     wins = stats.wins_of(compared, ["x", "y"])
-    assert wins["judged"]["x"]["y"]["value"] == 0.625 and wins["failed"] == 1 and wins["compared"] == 5
+    assert wins["judged"]["x"]["y"]["value"] == 0.625 and wins["judged"]["y"]["x"]["value"] == 0.375
+    assert wins["failed"] == 1 and wins["compared"] == 5
     assert wins["swap_consistency"]["value"] == 0.75 and wins["swap_consistency"]["n"] == 4
     nothing = stats.wins_of([row | {"outcome": None} for row in compared], ["x", "y"])
-    assert nothing["failed"] == 5 and nothing["judged"] == nothing["at_equal_length"] == {}
+    assert nothing["failed"] == 5 and nothing["judged"] == {}
 
 
 # ---- what characters say --------------------------------------------------------------------------------------------

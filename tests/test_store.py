@@ -1,6 +1,8 @@
 """What was paid for is kept and never paid for again; the ledger knows which step has paid for it."""
 
+import argparse
 import json
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from endpoint import Served, chat, raw, status
 from common.answers import Verdict
 from common.failures import NOT_JSON
 from common.prompts import render
+from common.run_folder import launch
 from common.store import Store
 
 
@@ -82,6 +85,23 @@ def test_an_answer_without_full_usage_is_taken(server: Served, tmp_path: Path, u
     assert ledger(tmp_path)["output_tokens"] == 0
 
 
+@pytest.mark.parametrize("usage", [None, {}, {"input_tokens": 5}])
+def test_a_budget_that_cannot_be_kept_stops_the_run_at_the_first_answer(
+    server: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str], usage: dict | None
+) -> None:
+    server.replies[:] = [raw(json.loads(GOOD.body) | {"usage": usage})]
+    with pytest.raises(SystemExit) as end:
+        ask(server.url, tmp_path, *SAMPLES, concurrency=1, budget=50)
+    assert end.value.code == 2 and "no usage" in capsys.readouterr().err and len(server.asked) == 1
+    assert len(ask(server.url, tmp_path, *SAMPLES)) == len(server.asked) == 12, "the answer was kept"
+
+
+def test_a_total_alone_counts_as_the_dearer_tokens(server: Served, tmp_path: Path) -> None:
+    server.replies[:] = [raw(json.loads(GOOD.body) | {"usage": {"total_tokens": 18}})]
+    ask(server.url, tmp_path)
+    assert (ledger(tmp_path)["input_tokens"], ledger(tmp_path)["output_tokens"]) == (0, 18)
+
+
 def test_what_redo_replaced_counts_for_the_budget_alone(tmp_path: Path) -> None:
     store = Store(tmp_path / "answers.sqlite", "04_judge")
     for tokens in (5, 3):
@@ -90,3 +110,77 @@ def test_what_redo_replaced_counts_for_the_budget_alone(tmp_path: Path) -> None:
     store.end(store.begin("detector"), "detector", "ok", (2, 1))
     assert store.ledger()["calls"] == 1 and store.ledger()["input_tokens"] == 2
     assert Store(tmp_path / "answers.sqlite", "04_judge").tokens == [10, 3]
+
+
+def locked(path: Path) -> sqlite3.Connection:
+    """Another program that holds the database for itself; it lets go when it is collected."""
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("PRAGMA locking_mode=EXCLUSIVE")
+    other.execute("BEGIN EXCLUSIVE")
+    return other
+
+
+def damaged(path: Path) -> None:
+    """The pages after the first are overwritten, as by a disk that fails."""
+    whole = path.read_bytes()
+    path.write_bytes(whole[:4096] + b"\x07" * (len(whole) - 4096))
+
+
+TROUBLES = {  # what is done to answers.sqlite, and what the one line says
+    "locked": (locked, "database is locked; make room"),
+    "damaged": (damaged, "malformed; "),
+    "something else": (lambda path: path.write_bytes(b"not a database" * 500), "not a database; "),
+    "a folder": (lambda path: (path.unlink(), path.mkdir()), "unable to open database file; make room"),
+}
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_a_database_that_cannot_be_used_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trouble: str
+) -> None:
+    path, (spoil, said) = tmp_path / "answers.sqlite", TROUBLES[trouble]
+    store = Store(path, "03")
+    for number in range(200):
+        store.end(store.begin("detector"), "detector", "ok", (5, 1), key=f"k{number}", text="好" * 200)
+    store.db.close()
+    held = spoil(path)
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda path, **options: connect(path, **options | {"timeout": 0.1}))
+    refused_in_one_line(tmp_path, capsys, said)
+    del held
+
+
+@pytest.mark.parametrize(
+    ("limit", "said"), [("query_only=1", "readonly database; make room"), ("max_page_count=1", "full; make room")]
+)
+def test_a_database_that_takes_nothing_more_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], limit: str, said: str
+) -> None:
+    """A disk that is read-only or full: SQLite's own limits stand in for it, as root may write everywhere."""
+    Store(tmp_path / "answers.sqlite")
+    connect = sqlite3.connect
+
+    def limited(path: Path, **options: object) -> sqlite3.Connection:
+        connection = connect(path, **options)
+        connection.execute(f"PRAGMA {limit}")
+        return connection
+
+    monkeypatch.setattr(sqlite3, "connect", limited)
+    refused_in_one_line(tmp_path, capsys, said)
+
+
+def refused_in_one_line(run: Path, capsys: pytest.CaptureFixture[str], said: str) -> None:
+    """A script that books many answers, started on this run folder, ends with one line that says this."""
+
+    def main(args: argparse.Namespace) -> int:
+        store = Store(args.run / "answers.sqlite", "03")
+        for number in range(500):
+            store.get(f"k{number}")
+            store.end(store.begin("detector"), "detector", "ok", (5, 1), key=f"new {number}", text="好" * 200)
+        return 0
+
+    with pytest.raises(SystemExit) as end:
+        launch(main, argparse.Namespace(run=run))
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and line.count("\n") == 1
+    assert line.startswith(f"error: {run / 'answers.sqlite'}: ") and said in line, line

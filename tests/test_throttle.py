@@ -1,6 +1,7 @@
 """How many requests are under way, and when none may leave."""
 
 import asyncio
+import time
 from email.utils import formatdate
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def test_a_throttle_recovers_and_forgets_nobody(clock: Clock) -> None:
     throttle, most = Throttle(8), []
 
     async def one() -> None:
-        async with throttle:
+        async with throttle.place():
             most.append(throttle.under_way)
             await asyncio.sleep(1)
             throttle.answered()
@@ -64,3 +65,32 @@ def test_no_more_requests_are_under_way_than_allowed(server: Served, tmp_path: P
     server.dwell = 0.05
     ask(server.url, tmp_path, *SAMPLES, concurrency=3)
     assert len(server.asked) == 12 and server.most_at_once <= 3
+
+
+def test_waiting_for_a_limit_is_no_attempt_and_is_told_once_a_minute(
+    server: Served, tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.replies[:] = [status(429, retry_after=20)] * 9 + [status(503, retry_after=20), GOOD]
+    assert ask(server.url, tmp_path, attempts=1)[0].verdict == 1
+    assert clock.now >= 1200 and len(server.asked) == 11
+    assert capsys.readouterr().err.count("rate limit") == 4  # at 0, 60, 120 and 180 seconds
+
+
+def test_a_timeout_halves_what_is_under_way_and_names_the_flag_once(
+    server: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An endpoint that answers one after the other: of eight at once the last would wait too long."""
+    server.replies[:] = [lambda request: time.sleep(0.15) or GOOD]
+    verdicts = ask(server.url, tmp_path, *SAMPLES, concurrency=8, timeout=0.7, attempts=9)
+    assert len(verdicts) == 12 and capsys.readouterr().err.count("--concurrency") == 1
+
+
+def test_a_timeout_holds_nobody_and_halves_once_for_all_that_were_sent_with_it(clock: Clock) -> None:
+    throttle, sent = Throttle(64), clock.now
+    clock.now += 120
+    for _ in range(64):
+        throttle.limited(sent, 0)
+    assert (throttle.limit, throttle.not_before) == (32, clock.now)
+    clock.now += 120
+    throttle.limited(clock.now - 119, 0)
+    assert throttle.limit == 16

@@ -23,6 +23,7 @@ from common import records, run_folder, stats
 from common.client import Client, gather_all
 from common.debate import Retrieval, add_agents_verdict
 from common.endpoint import add_endpoint_flags, endpoint_name
+from common.failures import what_next
 from common.judge import add_verdict, current_principles
 from common.run_folder import ROOT, Stage
 from common.store import Store, open_store
@@ -174,8 +175,9 @@ def main(args: argparse.Namespace) -> int:
         print(f"{row['ablation']:32} kappa {row['kappa']:+.2f}  accuracy {accuracy:.1%}  n {row['n']}")
     print(f"ablations: in {args.run / 'ablations.jsonl'}; run 05_evaluate.py again to see them in its report")
     if failures:
-        print(f"ablations: {failures.total()} answers failed, {dict(failures)}; run again to ask them again")
-        return 3
+        code, advice = what_next(failures)
+        print(f"ablations: {failures.total()} answers failed, {dict(failures)}; {advice}")
+        return code
     stage.finish()
     return 0
 

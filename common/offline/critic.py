@@ -141,9 +141,7 @@ def flaws_of_strategy(text: str) -> list[str]:
 def generator(rules: list[str], data: dict) -> dict:
     """Writes the flaw that the strategy names into an example; if it knows none in it, it cuts the example short."""
     rng = random.Random(digest(rules, data))
-    example = "愿你今天一切都好，灯下有书，碗里有汤。"
-    if data["examples"]:
-        example = rng.choice(data["examples"])["response"]
+    example = rng.choice(data["examples"])["response"]
     writable = [name for name in flaws_of_strategy(data["strategy"]) if FLAWS[name].write]
     flaw = FLAWS[writable[0] if writable else "truncated"]
     return {"response": flaw.write(example, rng), "flaw": flaw.rule}

@@ -10,7 +10,7 @@ A writer takes (greeting, random numbers) and returns the greeting with the flaw
 import random
 import re
 from collections.abc import Iterable
-from functools import partial
+from functools import lru_cache, partial
 
 from common.lexicon import ADDRESS, IMAGES, LEXICON, OCCASIONS, STOCK, clauses, kindred, occasions_in, recipients_in
 from common.offline.language import BACKWARDS, BROKEN, ODD, character_model, clause_ngrams, occasion_model
@@ -40,7 +40,7 @@ def _wrong_occasion(query: str, response: str) -> int:
             return 2
     if signs_of(wanted, response):
         return 0
-    return 2 if occasion_model().elsewhere(occasion_model().likeness(response), kin) else 1
+    return 1 if occasion_model().predict([response])[0] in kin else 2
 
 
 def signs_of(occasions: Iterable[str], text: str) -> bool:
@@ -206,6 +206,7 @@ class Flaw:
 FLAWS = {name: Flaw(name, entry) for name, entry in LEXICON["flaws"].items()}
 
 
+@lru_cache(maxsize=20_000)  # every agent, judge and grader looks at the same greetings
 def flaws_of(query: str, response: str) -> dict[str, int]:
     """Every flaw that the critic finds, with how sure it is: 1 a hint, 2 clearly. Shortness alone is none."""
     flaws = {}

@@ -20,7 +20,7 @@ from common.run_folder import ROOT, digest, file_hash
 TINY = ROOT / "outputs" / "tiny"  # shared by every run: it depends on the data and on code alone, see tiny_policy()
 QUERIES = ROOT / "data" / "queries.jsonl"
 STEPS, BATCH, LEARNING_RATE = 130, 56, 8e-3
-VOCABULARY, HIDDEN, LAYERS = 2400, 192, 4  # 2.2M parameters
+VOCABULARY, HIDDEN, LAYERS = 2400, 192, 3  # 1.8M parameters
 FLAWED = 0.35  # share of training texts with a flaw written in: a base that wrote only well could not be improved
 # What is not written in: a policy that does more of it than the base, which loops now and then, has learnt to.
 LEARNT_ONLY_BY_GAMING = {"repetition", "flattery"}

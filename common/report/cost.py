@@ -64,9 +64,7 @@ def cost_figures(run: Path, rows: list[dict], graded_rollouts: list[dict]) -> di
     totals, curves = {}, {}
     for route, steps in ROUTES.items():
         if costs.keys() >= set(steps) and excellence[f"grpo_{REWARD[route]}"]["n"]:
-            # With SFT rows at hand, step 1 is what the reward model's pairs cost, and nothing that the judge needs.
-            own_steps = steps[2:] if route == "B" else [steps[0], *steps[2:]]
-            totals[route] = {"in all": total(costs, steps), "with SFT rows given": total(costs, own_steps)}
+            totals[route] = total(costs, steps)
             curves[route] = cost_curve(route, costs, excellence, graded_rollouts)
     parts = run_folder.read_summary(run, "03_summary").get("parts", {})
     return {

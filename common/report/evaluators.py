@@ -1,8 +1,8 @@
 """Evaluators evaluated: labelled rows, which of them leaked, and how well each evaluator agrees with the labels."""
 
 import argparse
-import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 from common import records, run_folder, stats
@@ -16,43 +16,34 @@ NEAR = 1  # characters by which a good and a bad greeting may differ where lengt
 def labelled_rows(args: argparse.Namespace) -> list[dict]:
     """The labelled greetings, with `part` (step 3 has not looked at `test`) and `leaked`: where the text was learnt."""
     labelled = records.read(args.labelled, records.Labelled)
-    stage = args.run / "stages" / "03_principles.json"
-    if stage.is_file():
-        made_with = json.loads(stage.read_text(encoding="utf-8"))["settings"]
-        seed = made_with["seed"]
-        if made_with["labelled"] == run_folder.file_hash(args.labelled) and seed != args.seed:
-            run_folder.fail(f"step 3 of {args.run} split --labelled with --seed {seed}: use it, or no row is unseen")
-    learnt = training_texts(args)
+    # Step 3's seed alone decides which part a query is in, also where it was given another file than this one.
+    seed = run_folder.read_summary(args.run, "03_summary").get("settings", {}).get("seed", args.seed)
+    learnt = training_texts(args.run)
     rows = []
-    for part, greetings in records.split_labelled(labelled, args.seed).items():
+    for part, greetings in records.split_labelled(labelled, seed).items():
         for greeting in greetings:
             leaked = [name for name, texts in learnt.items() if greeting.response in texts]
             rows.append(greeting.model_dump() | {"part": part, "leaked": leaked})
     return rows
 
 
-def training_texts(args: argparse.Namespace) -> dict[str, set[str]]:
+def training_texts(run: Path) -> dict[str, set[str]]:
     """The texts that this run has learnt from, by source: an evaluator's verdict on one of them proves little."""
     texts: dict[str, set[str]] = {"preferences": set()}
-    for pair in _inputs_of(args.run, "02_summary", "preferences", records.Preference):
+    for pair in _inputs_of(run, "02_summary", "preferences", records.Preference):
         texts["preferences"].update(pair.texts[1:])
-    demonstrations = _inputs_of(args.run, "04_summary_none", "sft", records.Demonstration)
+    demonstrations = _inputs_of(run, "04_summary_none", "sft", records.Demonstration)
     texts["sft"] = {row.completion[0]["content"] for row in demonstrations}
-    references = _inputs_of(args.run, "01_summary", "references", records.Reference)
+    references = _inputs_of(run, "01_summary", "references", records.Reference)
     texts["references"] = {reference.response for reference in references}
-    # What step 3 looked at counts if it split another file: --labelled itself is split here as it was there.
-    labelled = _inputs_of(args.run, "03_summary", "labelled", records.Labelled)
-    made_with = run_folder.read_summary(args.run, "03_summary").get("settings", {})
-    if labelled and run_folder.file_hash(made_with["labelled"]) != run_folder.file_hash(args.labelled):
-        parts = records.split_labelled(labelled, made_with["seed"])
-        texts["labelled rows of step 3"] = {row.response for row in parts["reflect"] + parts["validation"]}
     return texts
 
 
 def _inputs_of(run: Path, summary: str, flag: str, kind: type[records.R]) -> list[records.R]:
     """The records of the file that a step was given with this flag; none where it has not run, or the file is gone."""
     path = run_folder.read_summary(run, summary).get("settings", {}).get(flag)
-    if path and not Path(path).is_file():
+    path = path and run_folder.ROOT / path  # in this checkout, if it was in the checkout, which may have been moved
+    if path and not path.is_file():
         print(f"05: {path} no longer exists, so labelled rows copied from it cannot be flagged", file=sys.stderr)
         return []
     return records.read(path, kind, unique=False) if path else []
@@ -102,21 +93,17 @@ def verdicts_on(test: list[dict], seen: list[dict]) -> dict[str, list[int | None
 
 
 def balanced(rows: list[dict]) -> list[dict]:
-    """As many good as bad rows, each good one followed by a bad one at most NEAR characters longer or shorter.
+    """As many good as bad rows, each good one followed by a bad one at most NEAR characters longer or shorter."""
+    import numpy as np
+    from scipy.optimize import linear_sum_assignment
 
-    Matching in order of length finds the most pairs there are.
-    """
-    by_length = sorted(rows, key=lambda row: len(row["response"]))
-    good, bad = stats.where(by_length, "label", 1), stats.where(by_length, "label", 0)
+    good, bad = stats.where(rows, "label", 1), stats.where(rows, "label", 0)
+    lengths = [[len(row["response"]) for row in side] for side in (good, bad)]
+    gaps = np.abs(np.subtract.outer(*lengths))
     matched = []
-    while good and bad:
-        gap = len(good[0]["response"]) - len(bad[0]["response"])
-        if abs(gap) <= NEAR:
-            matched += [good.pop(0), bad.pop(0)]
-        elif gap > 0:  # too short for this good row, and so for every later one
-            bad.pop(0)
-        else:
-            good.pop(0)
+    for i, j in zip(*linear_sum_assignment(gaps > NEAR), strict=True):  # as many near pairs as there can be
+        if gaps[i, j] <= NEAR:
+            matched += [good[i], bad[j]]
     return matched
 
 
@@ -140,12 +127,11 @@ def evaluate_evaluators(labelled: list[dict], comparisons: list[dict]) -> dict:
     """
     test = stats.where(labelled, "part", "test")
     verdicts = verdicts_on(test, [row for row in labelled if row["part"] != "test"])
-    clean, leaked, leaks = [], [], {}
+    clean, leaked, leaks = [], [], Counter()
     for number, row in enumerate(test):
         row = row | {"verdicts": {name: of_rows[number] for name, of_rows in verdicts.items()}}
         (leaked if row["leaked"] else clean).append(row)
-        for source in row["leaked"]:
-            leaks[source] = leaks.get(source, 0) + 1
+        leaks.update(row["leaked"])
 
     clean_ids = set(stats.column(clean, "id"))
     outcomes, longer_is_good = [], []
@@ -161,7 +147,7 @@ def evaluate_evaluators(labelled: list[dict], comparisons: list[dict]) -> dict:
         "evaluators_at_equal_length": agreement_table(balanced(clean)),
         "evaluators_on_leaked_rows": agreement_table(leaked),
         "evaluators_on_all_rows": agreement_table(clean + leaked) if leaked else {},
-        "leaked": leaks | {"rows": len(leaked)},
+        "leaked": {**leaks, "rows": len(leaked)},
         "labelled_test_rows": len(test),
         "labelled_pairs": {
             "pairwise": stats.rate(sum(outcomes), len(outcomes)),

@@ -4,7 +4,7 @@ import argparse
 from collections import Counter
 from typing import NamedTuple
 
-from common import lexicon, records, stats
+from common import records, stats
 from common.answers import WEIGHTS
 from common.greetings import OWN, Policy
 from common.report.cost import cost_figures
@@ -34,35 +34,28 @@ def report_figures(args: argparse.Namespace, policies: list[Policy], scored: Sco
     rows = scored.greetings
     if ratings:
         add_human_scores(rows, ratings)
-    rows_of, lengths = {}, []
-    for policy in policies:  # in their order; one that wrote nothing is left out
-        own = stats.where(rows, "policy", policy.name)
-        if own:
-            rows_of[policy.name] = own
-            lengths.append(sum(map(len, stats.column(own, "response"))))
+    wrote = {row["policy"] for row in rows}
+    policies = [policy for policy in policies if policy.name in wrote]
+    rows_of = {policy.name: stats.where(rows, "policy", policy.name) for policy in policies}
     names = list(rows_of)
     of_policies = [row for row in scored.comparisons if "a" in row]  # the others are pairs of labelled rows
 
     # Diversity is compared on equally many characters of each; a copy shares 12 characters with an SFT text.
-    characters = min(lengths, default=0)
+    characters = min((sum(len(row["response"]) for row in own) for own in rows_of.values()), default=0)
     learnt = runs_of_12([row["completion"][0]["content"] for row in records.read_lines(args.run / "sft.jsonl")])
-    equal_length = stats.excellence_at_equal_length(rows, names)
-    tables, excellence = {}, {}
+    equal_length = stats.excellence_at_equal_length(rows, names)  # of those that have a grade
+    tables = {}
     for policy in policies:
-        if policy.name not in rows_of:
-            continue
         own = rows_of[policy.name]
         table = policy_figures(own, policy, characters, learnt)
-        if policy.name in equal_length:
-            table["excellence_at_equal_length"] = equal_length[policy.name]
-            excellence[policy.name] = stats.query_means(own, "excellent")
+        table["excellence_at_equal_length"] = equal_length.get(policy.name)
         if ratings:
             table["human_excellence"] = stats.bootstrap(stats.query_means(own, "human_excellent").values())
         tables[policy.name] = table
-    ranked = sorted(excellence, key=lambda name: -tables[name]["excellence"]["value"])  # best first
+    ranked = sorted(equal_length, key=lambda name: -tables[name]["excellence"]["value"])  # best first
     lead = None  # by how much the best policy is more often excellent than the second best
     if len(ranked) > 1:
-        lead = stats.paired_difference(excellence[ranked[0]], excellence[ranked[1]])
+        lead = stats.paired_difference(*(stats.query_means(rows_of[name], "excellent") for name in ranked[:2]))
 
     return {
         "policies": tables,
@@ -87,35 +80,23 @@ def policy_figures(rows: list[dict], policy: Policy, characters: int, learnt: se
     figures = {"excellence": stats.mean_of(rows, "excellent")}
     for column in [*SCORES[1:], "quality"]:
         figures[column] = stats.mean_of(rows, column)
-    by_seed = []  # how much one draw of greetings differs from another
-    for sample in sorted(set(stats.column(rows, "sample"))):
-        by_seed.append(stats.mean_of(stats.where(rows, "sample", sample), "excellent")["value"])
     grades = [row["grades"] for row in rows if row["grades"]]
     dimensions = {}
     for name in WEIGHTS:
         dimensions[name] = round(sum(grade[name] for grade in grades) / max(1, len(grades)), 3)
 
-    # Signs of a policy that has found a trick: set phrases, one opening for all, one text for all, learnt by heart.
+    # Signs of a policy that has found a trick: one opening for all, one text for all, texts learnt by heart.
     texts = stats.column(rows, "response")
-    written = sum(map(len, texts))
-    openings: Counter = Counter()
-    stock_phrases = copies = 0
-    for text in texts:
-        openings[text[:2]] += 1
-        stock_phrases += sum(map(text.count, lexicon.STOCK))
-        copies += not learnt.isdisjoint(runs_of_12([text]))
-    opening, times = openings.most_common(1)[0]
+    opening, times = Counter(text[:2] for text in texts).most_common(1)[0]
+    copies = sum(not learnt.isdisjoint(runs_of_12([text])) for text in texts)
     return figures | {
         "reward": policy.reward,
-        "length": round(written / len(texts), 1),
+        "length": round(sum(map(len, texts)) / len(texts), 1),
         **diversity(texts, characters),
         "distinct_texts": round(len(set(texts)) / len(texts), 4),
         "commonest_opening": [opening, round(times / len(texts), 4)],
-        "cliches_per_100": round(100 * stock_phrases / written, 3),
         "copied_12": round(copies / len(texts), 4),
-        "unscored": stats.column(rows, "excellent").count(None),
         "greetings": len(rows),
-        "by_seed": by_seed,
         "dimensions": dimensions,
     }
 

@@ -2,7 +2,7 @@
 
 import argparse
 import itertools
-import random
+import sys
 from typing import Literal
 
 from pydantic import Field
@@ -19,8 +19,8 @@ class Rating(records.Record):
     """A line that annotate.html saves: the grades of one greeting, or which of two is better; None is half-finished."""
 
     id: str = Field(min_length=1)
-    run: str
     rater: str = Field(min_length=1)
+    time: float = 0.0  # of its last change, in milliseconds
     grades: dict[str, Literal[1, 2, 3] | None] | None = None
     one: str = ""
     other: str = ""
@@ -36,9 +36,9 @@ class Rating(records.Record):
 # ---- the page -------------------------------------------------------------------------------------------------------
 
 
-def fingerprint(rows: list[dict]) -> str:
-    """Tells the greetings of one run from another's."""
-    return run_folder.digest(*sorted((row["id"], row["response"]) for row in rows))
+def rating_id(row: dict) -> str:
+    """Names a greeting by what it says: ratings outlast other queries and policies, and none moves to another text."""
+    return run_folder.digest(row["policy"], row["query"], row["response"])
 
 
 def pairs_of_policies(rows: list[dict], queries: list[str]) -> list[tuple[dict, dict]]:
@@ -53,36 +53,47 @@ def pairs_of_policies(rows: list[dict], queries: list[str]) -> list[tuple[dict, 
 
 
 def rating_page(args: argparse.Namespace, rows: list[dict], queries: list[str]) -> dict:
-    """What annotate.html shows: greetings without the names of their policies, in random order, and pairs of them."""
-    rng = random.Random(run_folder.digest(args.seed, "annotate"))
-    queries = queries[: args.annotate]
-    of_queries = [pairs_of_policies(rows, [query]) for query in queries]
-    chosen = [rng.choice(of_query) for of_query in of_queries if of_query]
-    pairs = []
-    for pair in chosen:
-        if pair[0]["response"] != pair[1]["response"]:
-            one, other = rng.sample(pair, 2)  # neither policy is always first
-            ids = {"id": run_folder.digest(one["id"], other["id"]), "one": one["id"], "other": other["id"]}
-            pairs.append(ids | {"query": one["query"], "texts": [one["response"], other["response"]]})
+    """What annotate.html shows: greetings without the names of their policies, and a pair of them for each query.
+
+    They stand in the order of their ids, which are hashes: no policy is always first, and nothing moves tomorrow.
+    """
     greetings = []
     for row in stats.where(rows, "sample", 0):
-        if row["query_id"] in queries:
-            greetings.append({name: row[name] for name in ("id", "query", "response")})
-    rng.shuffle(greetings)
-    return {"run": fingerprint(rows), "greetings": greetings, "pairs": pairs}
+        if row["query_id"] in queries[: args.annotate]:
+            greetings.append({"id": rating_id(row), "query": row["query"], "response": row["response"]})
+    greetings.sort(key=lambda greeting: greeting["id"])
+    pairs = []
+    for query in dict.fromkeys(stats.column(greetings, "query")):
+        for one, other in itertools.combinations(stats.where(greetings, "query", query), 2):
+            if one["response"] != other["response"]:
+                ids = {"id": run_folder.digest(one["id"], other["id"]), "one": one["id"], "other": other["id"]}
+                pairs.append(ids | {"query": query, "texts": [one["response"], other["response"]]})
+                break
+    return {"greetings": greetings, "pairs": pairs}
 
 
 def read_ratings(args: argparse.Namespace, rows: list[dict]) -> list[Rating]:
-    """What people saved, half-finished or not; where a rater saved twice, what was saved last counts."""
-    known, run = set(stats.column(rows, "id")), fingerprint(rows)
-    last: dict[tuple[str, str], Rating] = {}
+    """What people saved, half-finished or not, with the ids of `rows`.
+
+    A rater counts once for an item, however often they saved: by the newest rating, a finished one if there is any.
+    """
+    ids = {rating_id(row): row["id"] for row in stats.where(rows, "sample", 0)}
+    ratings: list[Rating] = []
     for file in args.annotations:
-        for number, rating in enumerate(records.read(file, Rating, "annotate.html", unique=False), 1):
-            rated = {rating.one, rating.other} if rating.one else {rating.id}
-            if rating.run != run or not rated <= known:
-                remedy = f"rate {args.run / 'annotate.html'}, or name that run with --run"
-                run_folder.fail(f"{file}:{number}: rated on the page of another run; {remedy}")
-            last[rating.rater, rating.id] = rating
+        saved = records.read(file, Rating, "annotate.html", unique=False)
+        known = [rating for rating in saved if rating.id in ids or {rating.one, rating.other} <= ids.keys()]
+        if not known:
+            remedy = f"rate {args.run / 'annotate.html'}, or name that run with --run"
+            run_folder.fail(f"{file}: rated on the page of another run; {remedy}")
+        if gone := len(saved) - len(known):
+            print(f"{file}: this run has not the greetings of {gone} ratings: they do not count", file=sys.stderr)
+        ratings += known
+    last = {}
+    for rating in sorted(ratings, key=lambda rating: (rating.finished, rating.time)):
+        last[rating.rater, rating.id] = rating
+    for rating in last.values():
+        rating.id = ids.get(rating.id, rating.id)  # a pair has one of its own
+        rating.one, rating.other = ids.get(rating.one, ""), ids.get(rating.other, "")
     return list(last.values())
 
 

@@ -1,0 +1,114 @@
+"""How far the engine's log-probabilities are from the trainer's: heads in bf16 and in fp32, and after the engine slept.
+
+    python bench/gap.py                  # vLLM; on a GPU the random 7B model of bench/memory.py, else the tiny model
+    python bench/gap.py --row sleep      # one row of bf16, fp32, sleep; the table has those that were made so far
+
+Each row is a run of step 4 in a process of its own: four steps from an SFT adapter, with the rule-based critic as the
+judge. On a CPU an engine does not sleep, so that row is left out.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from bench.memory import copy_of, random_model, write_data
+from common.offline.tiny_model import tiny_policy
+
+GAP, RATIO = "sampling/sampling_logp_difference", "sampling/importance_sampling_ratio"
+SMALL = ["--queries-per-step", 16, "--mini-batch", 16, "--samples", 4, "--micro-batch", 8, "--learning-rate", 1e-4]
+ROWS = {"bf16": "heads in bf16", "fp32": "heads in fp32", "sleep": "heads in fp32, with --sleep"}
+FIGURES = (f"{GAP}/mean", f"{GAP}/max", f"{RATIO}/mean", "seconds/sync", "step_time")
+
+
+def step_4_with(heads: str) -> int:
+    """Run 04_grpo.py, whose flags follow on the command line, with both heads in this precision."""
+    import trl
+
+    from common import engine as room
+
+    sys.argv.pop(1)
+    grpo, class_as_is, config_as_is = importlib.import_module("04_grpo"), room.engine_class, trl.GRPOConfig
+
+    def config(**settings):
+        return config_as_is(**settings | {"cast_lm_head_to_fp32": heads == "fp32"})
+
+    def engine_class(*inputs):
+        kind = class_as_is(*inputs)
+        base, as_is = kind.__mro__[1], kind.__mro__[1].__init__
+
+        def init(self, **options):
+            options.pop("hf_overrides", None)
+            as_is(self, **options, hf_overrides={"head_dtype": "float32"} if heads == "fp32" else {})
+
+        base.__init__ = init
+        return kind
+
+    trl.GRPOConfig, room.engine_class = config, engine_class
+    return grpo.run_folder.launch(grpo.main, grpo.parse_args())
+
+
+def run(*command: object) -> None:
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"failed: {' '.join(map(str, command))}\n{done.stderr[-2000:]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "outputs/bench_gpu")
+    parser.add_argument("--row", choices=ROWS, help="this one alone")
+    parser.add_argument("--policy", type=Path, help="a folder with a model, instead")
+    args = parser.parse_args()
+    import torch
+
+    if not importlib.util.find_spec("vllm"):
+        print("vLLM is not installed here: there is no engine to compare with; pip install -r requirements.txt")
+        return
+    gpu = torch.cuda.is_available()
+    policy = args.policy or (args.out / "model_None" if gpu else tiny_policy())
+    if not (policy / "config.json").is_file():
+        random_model(policy, None)
+    folder, length = args.out / "gap", 256 if gpu else 24
+    folder.mkdir(parents=True, exist_ok=True)
+    write_data(folder, 40)
+    version = {"principles": ["读来通顺。"], "accepted": True, "version": 0}
+    (folder / "principles.jsonl").write_text(json.dumps(version, ensure_ascii=False) + "\n", encoding="utf-8")
+    common = ["--offline", "--policy", policy, "--bits", 4]
+    run("04_grpo.py", "--reward", "none", "--sft-epochs", 0.2, "--run", folder, *common)  # once
+    flags = ["--reward", "judge", "--engine", "vllm", "--watch-every", 0, "--steps", 4, *SMALL]
+    flags += ["--max-tokens", length, "--queries", folder / "queries.jsonl", "--max-gap", 9]
+
+    path, machine = args.out / "gap.json", torch.cuda.get_device_name() if gpu else "CPU"
+    report = json.loads(path.read_text()) if path.is_file() else {}
+    for row in [args.row] if args.row else ROWS:
+        if row == "sleep" and not gpu:
+            print("an engine does not sleep on a CPU: that row is left out")
+            continue
+        # In a folder of its own: in this one the second row would find step 4 done.
+        own = copy_of(folder, args.out / f"gap_{row}")
+        heads, sleep = "bf16" if row == "bf16" else "fp32", ["--sleep"] * (row == "sleep")
+        run(__file__, heads, *common, *flags, "--run", own, *sleep)
+        steps = [json.loads(line) for line in (own / "metrics_judge.jsonl").read_text().splitlines()]
+        report[row] = {"machine": machine, "policy": policy.name}
+        for name in FIGURES:
+            values = [step[name] for step in steps[1:] if name in step]  # the first step compiles kernels
+            report[row][name] = sum(values) / len(values)
+        path.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"{machine}, {policy.name}, 4 bits, completions of at most {length} tokens, after the first of four steps\n")
+    print("| run | gap, mean | gap, largest token | importance ratio, mean | sync, s | step, s |")
+    print("|---|---|---|---|---|---|")
+    for row, title in ROWS.items():
+        if row in report:
+            print(f"| {title} | {' | '.join(f'{report[row][name]:.4f}' for name in FIGURES)} |")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1 and sys.argv[1] in ("bf16", "fp32"):
+        sys.exit(step_4_with(sys.argv[1]))
+    main()

@@ -1,0 +1,95 @@
+"""TRL's GRPO trainer, which learns from no rollout that is not the policy's, wastes no pass, and times its phases."""
+
+import argparse
+import statistics
+import time
+
+from common.rewards import Rewards
+from common.run_folder import Stop
+
+GAP = "sampling/sampling_logp_difference/mean"  # TRL's name for the engine's distance to the trainer, per token
+# A run stops beyond --max-gap, and beyond this many times the median of its own gaps, but for those that rounding alone
+# can bring: with both heads in fp32 a 7B model in bf16 has 0.023 nats as root mean square, 0.039 without, and the mean
+# is 0.6 to 0.8 of that (ServiceNow/Fast-LLM#525, huggingface/trl#6789).
+GAP_RISE, GAP_NOISE = 2.5, 0.02
+PASS = 32  # rows at most in one pass of the model: more gain no speed, and share more padding
+
+
+def gap_limit(before: list[float], cap: float) -> float:
+    """The largest gap with which a step is learnt from, given those of the steps before: nats per token."""
+    if len(before) < 3:
+        return cap
+    return min(cap, max(GAP_NOISE, GAP_RISE * statistics.median(before)))
+
+
+def untie_head(base) -> None:
+    """Give a base whose head is its embeddings a head of its own: TRL can compute in fp32 with no other."""
+    import torch
+
+    if base.config.tie_word_embeddings:
+        base.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.detach().clone(), requires_grad=False)
+        base.config.tie_word_embeddings = False
+
+
+def grpo_trainer(args: argparse.Namespace, model, rewards: Rewards, *parts, **options):
+    """The trainer of this policy with these rewards; the other parts are those of TRL's trainer."""
+    import torch
+    from torch.nn.functional import pad
+    from trl import GRPOTrainer
+    from trl.trainer.utils import RepeatSampler
+
+    class EpochSampler(RepeatSampler):
+        def set_epoch(self, epoch: int) -> None:
+            # TRL's sampler draws each epoch's order after the one before; a run that is resumed would draw the first
+            # epoch's again, and show some queries twice and others never.
+            self.generator.manual_seed(self.seed + epoch)
+
+    class CheckedTrainer(GRPOTrainer):
+        def _get_train_sampler(self, dataset=None):
+            sampler = super()._get_train_sampler(dataset)
+            sampler.__class__ = EpochSampler
+            return sampler
+
+        def _generate(self, *inputs, **options):
+            started = time.perf_counter()
+            output = super()._generate(*inputs, **options)
+            synced = self.vllm_generation.syncs[-1][0] if self.use_vllm else 0.0
+            self._metrics["train"]["seconds/sync"].append(synced)
+            self._metrics["train"]["seconds/generate"].append(time.perf_counter() - started - synced)
+            rewards.start(self.async_loop, self.queries, output[3])
+            return output
+
+        def _generate_and_score_completions(self, inputs):
+            self.queries = [row["query"] for row in inputs]
+            output = super()._generate_and_score_completions(inputs)
+            if self.use_vllm:
+                # An adapter that did not reach the engine, or a base quantised otherwise, shows here.
+                gap = self._metrics["train"][GAP][-1]
+                limit = gap_limit([log[GAP] for log in self.state.log_history if GAP in log], args.max_gap)
+                if not gap <= limit:  # nan stops the run too
+                    distance = f"the engine's log-probabilities are {gap:.3f} per token away from the trainer's"
+                    reason = f"{distance}, more than {limit:.3f} (see --max-gap): these rollouts are not the policy's"
+                    raise Stop(f"step {self.state.global_step}: {reason}, and nothing was learnt from them")
+            return output
+
+        def _get_per_token_logps_and_entropies(
+            self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **options
+        ):
+            """TRL's, with rows of like length in one pass, and each pass cut to its own longest row (trl#7179)."""
+            prompt_width = input_ids.shape[1] - logits_to_keep
+            by_length = attention_mask.sum(1).argsort()
+            logps, entropies = [], []
+            for rows in by_length.split(min(batch_size or PASS, PASS)):
+                used = attention_mask[rows].any(0).nonzero()
+                first, last = int(used[0]), max(int(used[-1]) + 1, prompt_width + 1)
+                inputs = input_ids[rows, first:last], attention_mask[rows, first:last], last - prompt_width
+                logp, entropy, _ = super()._get_per_token_logps_and_entropies(model, *inputs, **options)
+                missing = (0, input_ids.shape[1] - last)
+                logps.append(pad(logp, missing))
+                entropies.append(pad(entropy, missing) if entropy is not None else logp)
+            order = by_length.argsort()
+            entropies = torch.cat(entropies)[order] if options.get("compute_entropy") else None
+            return torch.cat(logps)[order], entropies, None
+
+    untie_head(model.get_base_model())
+    return CheckedTrainer(model, rewards, *parts, **options)
