@@ -90,7 +90,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument_group("course of the run").add_argument
     add("--stop-on-hack", action="store_true", help="end when the reward rises and the watch's grades fall")
     gap = "mean difference of a token's log-probability, engine to trainer, that always stops the run (%(default)s)"
-    add("--max-gap", type=float, default=0.1, help=gap)
+    add("--max-gap", type=float, default=0.05, help=gap)
     add("--save-every", type=run_folder.positive, default=10, help="GRPO steps between checkpoints (%(default)s)")
     add("--report-to", nargs="*", default=[], help="trackers that TRL knows, such as tensorboard")
     add("--plan", action="store_true", help="train nothing: print what will be on the GPU, and whether it fits")
@@ -127,7 +127,7 @@ def sft(args: argparse.Namespace, base: str) -> dict:
         output_dir=str(checkpoints), num_train_epochs=args.sft_epochs, seed=args.seed, max_length=768,
         learning_rate=args.sft_learning_rate, lr_scheduler_type="cosine", warmup_steps=0.05,  # a share of all steps
         per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, logging_steps=1,
-        save_strategy="epoch", save_total_limit=1, report_to=args.report_to, **trainers.trainer_settings(args.bits),
+        save_strategy="epoch", save_total_limit=1, report_to=args.report_to, **trainers.trainer_settings(model),
     )  # fmt: skip
     data = Dataset.from_list([row.model_dump(include={"prompt", "completion"}) for row in rows])
     adapter = lora(args.rank, "CAUSAL_LM")
@@ -199,7 +199,7 @@ def build_trainer(args: argparse.Namespace, base: str, queries: list[records.Que
         vllm_importance_sampling_mode="token_truncate", vllm_importance_sampling_clip_max=2.0,
         cast_lm_head_to_fp32=True,  # in the engine too: most of the rounding between the two is the head's
         use_bias_correction_kl=False,  # the paper's low-variance estimator ("k3"), as verl has it in the loss
-        report_to=args.report_to, **trainers.trainer_settings(args.bits),
+        report_to=args.report_to, **trainers.trainer_settings(model),
     )  # fmt: skip
     shown, metrics = ["reward", "completions/mean_length"], args.run / f"metrics_{args.reward}.jsonl"
     if args.engine == "vllm":  # transformers goes by the model's generation config; vLLM knows the base's alone

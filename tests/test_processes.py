@@ -8,18 +8,21 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, lines
+from conftest import ROOT, lines, run_script
 
 LAUNCH = ["-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--mixed_precision", "no"]
 LAUNCH += ["--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "--num_processes"]
 
 
 def launched(processes: int, run: Path, script: str, *flags: object) -> None:
-    started = [] if processes == 1 else [*LAUNCH, str(processes)]
-    done = subprocess.run(
-        [sys.executable, *started, script, "--offline", "--run", str(run), *map(str, flags)], cwd=ROOT, text=True,
-        capture_output=True, timeout=550, env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    command = [script, "--offline", "--run", str(run), *map(str, flags)]
+    if processes == 1:
+        done = run_script(*command)
+    else:
+        done = subprocess.run(
+            [sys.executable, *LAUNCH, str(processes), *command], cwd=ROOT, text=True, capture_output=True, timeout=550,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     script = script[:2]
     assert sum(line.startswith(f"{script}: --reward") for line in done.stdout.splitlines()) <= 1  # said once

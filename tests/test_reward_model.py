@@ -4,8 +4,6 @@ import importlib
 import json
 import random
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from argparse import Namespace
@@ -13,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, lines, run_script
+from process import start_script
 
 from common import run_folder
 from common.offline.tiny_model import tiny_policy
@@ -250,11 +249,11 @@ def test_scores_of_a_file_keep_its_order_and_its_keys(trained: Path, tmp_path: P
 def test_a_killed_training_goes_on_from_its_checkpoint(trained: Path, tmp_path: Path) -> None:
     flags = ["--offline", "--run", str(tmp_path), "--batch-size", "4", "--checks", "8", "--derived", "0"]
     (tmp_path / "preferences.jsonl").write_bytes((trained / "preferences.jsonl").read_bytes())
-    process = subprocess.Popen([sys.executable, SCRIPT, *flags], cwd=ROOT, stderr=subprocess.DEVNULL)
-    while process.poll() is None and len(list(tmp_path.glob("rm_checkpoints/checkpoint-*/trainer_state.json"))) < 2:
+    process = start_script(SCRIPT, *flags)
+    while process.is_alive() and len(list(tmp_path.glob("rm_checkpoints/checkpoint-*/trainer_state.json"))) < 2:
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not (tmp_path / "rm").exists()
     done = run_script(SCRIPT, *flags)
     assert done.returncode == 0, done.stderr
