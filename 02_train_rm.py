@@ -245,7 +245,7 @@ def train(args: argparse.Namespace, pairs: Pairs, passes: float, stop: Pairs, ba
         # Batches of like length waste less on padding. The sampler finds the lengths in a column that TRL would remove.
         train_sampling_strategy="group_by_length", remove_unused_columns=False,
         pad_to_multiple_of=16,  # every new shape costs a CPU's kernels a compilation
-        **{**trainers.trainer_settings(args.bits), "bf16": True},
+        **{**trainers.trainer_settings(model), "bf16": True},
     )  # fmt: skip
     bar = trainers.progress_callback("reward model", ["loss", "accuracy", "eval_loss"])
     trainer = FiniteRewardTrainer(

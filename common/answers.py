@@ -20,8 +20,14 @@ ENDINGS = {
     ".*(filter|safety|sensitive|refus|blocklist|prohibited|recitation).*": FILTERED,
 }
 # <think>, [THINK], <|begin_of_thought|> and what closes them, alone where the prompt ends with the opening tag.
-THOUGHT = r"(?:seed:)?(?:think|thinking|thoughts?|reasoning|reflection|analysis)\|?[>\]▷]"
-OPENING, CLOSING = (re.compile(rf"[<\[◁]\|?{mark}{THOUGHT}", re.I) for mark in ("(?:begin_of_)?", "(?:/|end_of_)"))
+THOUGHT = r"(?:[a-z]+[:_])?(?:think|thinking|thoughts?|thought_process|reason|reasoning|reflection|analysis|scratchpad)"
+THOUGHT += r"(?:[: ][^<>\]]*)?\|?[>\]▷]"
+OPENING, CLOSING = (
+    re.compile(rf"[<\[◁]\|?{mark}{THOUGHT}", re.I) for mark in ("(?:begin_of_|start_)?", "(?:/|end_of_|end_)")
+)
+FINAL = "<|channel|>final<|message|>"  # after it gpt-oss answers, if a server passes its channels on
+WRAPPER = re.compile(r"<(answer|response)>(.*)</\1>", re.S)
+SPECIAL = re.compile(r"<\|[\w ]+\|?>|<\w+\|>")  # a token that a server should have kept to itself
 
 # The object that is the answer is the only one, begins a line, and only the end of its fence follows. All else may be a
 # quotation: who judges a text that holds a verdict repeats it, and says before or after it what to make of it.
@@ -146,23 +152,26 @@ def response_format(role: str, answer: type[Answer]) -> dict:
 def usable_text(completion: dict, answer: type[Answer]) -> str:
     """The JSON text of a chat completion, checked against the schema; raises Unusable with the reason otherwise."""
     choice = completion["choices"][0] if completion.get("choices") else None
-    if not choice or not choice.get("message"):
+    if not choice:
         raise Unusable("no choice", str(completion))
-    text, ending = text_of(choice["message"]), choice.get("finish_reason") or ""
+    message = choice.get("message") or {}
+    text, ending = text_of(message), choice.get("finish_reason") or ""
     letters = re.sub("[-_. ]", "", str(ending)).lower().removeprefix("finishreason")
     reason = next((reason for words, reason in ENDINGS.items() if re.fullmatch(words, letters)), BROKEN_OFF)
     if reason:
         raise Unusable(reason, f"{ending}: {text}")
-    if choice["message"].get("refusal"):
-        raise Unusable("refusal", str(choice["message"]["refusal"]))
+    if message.get("refusal"):
+        raise Unusable("refusal", str(message["refusal"]))
     if not text:
-        raise Unusable(EMPTY, str(choice["message"].get("reasoning_content") or ""))
+        raise Unusable(EMPTY, str(message.get("reasoning_content") or message.get("reasoning") or ""))
     try:
         found = {"text": outside_thoughts(text)} if answer is Text else read_object(text)
         # As JSON, of which pydantic refuses half a surrogate pair: no file could take it.
         fields = schema_of(answer).model_validate_json(json.dumps(found)).model_dump()
     except (ValueError, RecursionError) as e:  # pydantic's ValidationError is a ValueError
         raise Unusable(EMPTY if answer is Text else NOT_JSON, text) from e
+    if answer is Text and SPECIAL.search(fields["text"]):
+        raise Unusable("special tokens in the text", fields["text"])
     if answer is GradedVerdict:
         fields["grade"] = probability_of_one(choice, fields["verdict"])
     return json.dumps(fields, ensure_ascii=False)
@@ -178,10 +187,11 @@ def text_of(message: dict) -> str:
 
 def outside_thoughts(text: str) -> str:
     """What a reasoning model says after its thoughts; raises Unusable if it did not come to their end."""
-    said = CLOSING.split(text)[-1]
+    said = CLOSING.split(text.rpartition(FINAL)[2])[-1].strip()
     if OPENING.search(said.partition("{")[0]):  # behind a brace it is the answer that speaks of a tag
         raise Unusable(CUT, text)
-    return said.strip()
+    wrapped = WRAPPER.fullmatch(said)
+    return wrapped[2].strip() if wrapped else said
 
 
 def read_object(text: str) -> object:

@@ -55,6 +55,7 @@ class Client:
         # By the question's key. A lock goes when nobody asks that question any more.
         self.locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self.failed: dict[str, str] = {}  # why a question brought no usable answer in this process
+        self.streak: list[str] = []  # why the last questions failed, since one was answered
         self.answered: dict[str, tuple[int, int]] = {}  # (input, output) tokens of an answer, also of one in the store
 
         self.reasons_told: set[str] = set()
@@ -96,9 +97,11 @@ class Client:
                 http = openai.DefaultAsyncHttpxClient(transport=transport())
             else:
                 address, route = self.endpoint, proxies_to(self.endpoint)
-                certificates = httpx2.create_ssl_context()
                 try:  # aiohttp below openai's client halves what a request costs
+                    certificates = httpx2.create_ssl_context()
                     http = openai.DefaultAioHttpClient(trust_env=bool(route), verify=certificates)
+                except OSError as e:
+                    raise self._stop_run(f"cannot be asked: see SSL_CERT_FILE and SSL_CERT_DIR ({e})") from None
                 except (ValueError, httpx2.InvalidURL):
                     raise self._stop_run(f"cannot be asked{route}: name an http:// proxy there, or none") from None
             for name in ("OPENAI_CUSTOM_HEADERS", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
@@ -168,8 +171,10 @@ class Client:
                     stored = await self._insist(key, role, request, answer)
                 except Unusable as e:
                     self.failed[key] = str(e)
+                    self.streak.append(str(e))
                     self._stop_if_all_fail_alike(role, e)
                     raise
+                self.streak.clear()
         text, *tokens = stored
         self.answered[key] = tuple(tokens)
         return answer.from_store(text, self.answered[key])
@@ -250,8 +255,8 @@ class Client:
                 raise openai.APIStatusError("", response=reply, body=completion["error"])
             usage = completion.get("usage") or {}
             asked, said = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
-            # A total that is not broken down counts as output, the dearer of the two.
-            tokens = (asked, said or max(0, (usage.get("total_tokens") or 0) - asked))
+            # What only the total counts, as some do with thoughts, is output, the dearer of the two.
+            tokens = (asked, max(said, (usage.get("total_tokens") or 0) - asked))
             text = usable_text(completion, answer)
             booked_as, to_keep = "ok", {"key": key, "text": text}
             if self.args.budget is not None and not any(tokens):
@@ -266,10 +271,10 @@ class Client:
             self.store.end(number, role, booked_as, tokens, **to_keep)
 
     def _stop_if_all_fail_alike(self, role: str, error: Unusable) -> None:
-        """Raises Stop where the first questions all fail for one reason, and this role was never answered before."""
-        alike = len(self.failed) >= ALIKE and len(set(self.failed.values())) == 1 and not self.answered
+        """Raises Stop where so many in a row fail for one reason, and this role was never answered before."""
+        alike = len(self.streak) >= ALIKE and len(set(self.streak[-ALIKE:])) == 1 and not self.answered
         if alike and not self.store.ledger(role)["outcomes"].get("ok"):
-            raise self._stop_run(f"answers none of the first {ALIKE} questions: {error} ({error.detail})")
+            raise self._stop_run(f"answers none of {ALIKE} questions in a row: {error} ({error.detail})")
 
     def _check_stop(self) -> None:
         """Raises Stop once the run has to stop: the endpoint refuses everybody, or the --budget is spent."""
@@ -296,7 +301,7 @@ class Client:
 
     def _without_key(self, text: str) -> str:
         """An endpoint may repeat the key, in an error or in an answer."""
-        return text.replace(self.key, "***") if self.key else text
+        return text.replace(self.key, "***") if len(self.key) >= 8 else text  # a shorter one is a placeholder
 
 
 async def gather_all(*work: Awaitable) -> list:

@@ -15,7 +15,12 @@ EMPTY, BROKEN_OFF = "empty", "broken off"
 NOBODY_ANSWERS = "nobody answers"
 
 # An empty account, which some report as a rate limit: no wait ends it.
-NO_MONEY = "insufficient.?(quota|balance|funds|credit)|exceeded_current_quota|billing_|arrear|overdue|余额不足|欠费"
+NO_MONEY = (
+    "insufficient.?(quota|balance|funds|credit)|(balance|funds|credits?).{0,20}(insufficient|exhausted)|arrear|overdue|"
+)
+NO_MONEY += "used all available credits|spending limit|exceeded_current_quota|billing_(error|hard|not)|余额不足|欠费"
+# What an endpoint says of a text that it does not want to read.
+UNWANTED = "content.?filter|content exists risk|data_inspection|sensitive|敏感|ResponsibleAI"
 # What an endpoint may refuse in a request, by the name that it uses.
 REFUSABLE = ("response_format", "max_tokens", "temperature", "seed", "logprobs", "system")
 
@@ -94,20 +99,25 @@ def reported_error(error) -> Failure:
         status = int(error.code) if re.fullmatch("[45][0-9][0-9]", error.code or "") else 500
 
     reason, wait = f"HTTP {status}", retry_after(error.response.headers)
+    out_of_money = re.search(NO_MONEY, words, re.I)
     match status:
-        case _ if status == 402 or re.search(NO_MONEY, words, re.I):
+        case _ if status == 402 or (
+            out_of_money and (status != 400 or "arrear" in words.lower())
+        ):  # 400: the text's words
             return Failure(reason, Action.STOP, f"wants to be paid; what was answered is kept ({words})")
         case 401:
             return Failure(reason, Action.STOP, f"refuses the key; set the variable that --api-key-env names ({words})")
         case 404:
-            bare = error.request.url.path == "/chat/completions"
-            remedy = "name one it serves with --model" + bare * ", or is /v1 missing at the end of --base-url?"
+            odd = error.request.url.path == "/chat/completions" or not re.search("model|deployment", words, re.I)
+            remedy = "name one it serves with --model" + odd * ", or is /v1 missing at the end of --base-url?"
             return Failure(reason, Action.STOP, f"has no model {{model}}; {remedy} ({words})")
         case 429 | 503 | 529 if status == 429 or wait:
             return Failure("rate limit", Action.SLOW_DOWN, words, wait)
-        case 400 if "content_filter" in words:
+        case 400 | 403 if re.search(UNWANTED, words, re.I):
             return Failure(FILTERED, Action.GIVE_UP, words)
-        case 400 | 422 | 500 if status < 500 or "role" in words:
+        case 400 | 422 | 500 if status < 500 or re.search(
+            "role.{0,40}(system|altern|support)|system.{0,20}role", words, re.I
+        ):
             return Failure(reason, Action.CHANGE_REQUEST, words)
         case 403:  # what the question is about may be forbidden; where all are refused so, the client stops by itself
             return Failure(reason, Action.GIVE_UP, f"{words}; where all are refused so, see --api-key-env")

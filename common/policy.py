@@ -31,9 +31,10 @@ def policy_path(args: argparse.Namespace) -> str:
         from common.offline.tiny_model import tiny_policy
 
         args.policy = str(tiny_policy())
-    path = args.policy = model_folder(args.policy or DEFAULT_POLICY)
+    path = args.policy or DEFAULT_POLICY
     if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
         fail(f"--policy {path} is not a folder; name one that save_pretrained wrote, or a model on the hub")
+    path = args.policy = model_folder(path)
     return path
 
 
@@ -101,8 +102,22 @@ def from_pretrained(kind, path: str, **options):
         fail(f"cannot load {path}: {reason}; name a folder or a hub model with --policy, or use --offline")
 
 
+def compute_dtype(path: str, bits: int):
+    """What a base computes in: bf16 on a GPU or in 4 bits, else fp32.
+
+    On a CPU that multiplies in bf16, in half the time, so do weights that are stored in 16 bits.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    if torch.cuda.is_available() or bits == 4:
+        return torch.bfloat16
+    half = from_pretrained(AutoConfig, path).dtype in (torch.bfloat16, torch.float16)
+    return torch.bfloat16 if half and torch.cpu.get_capabilities().get("avx512_bf16") else torch.float32
+
+
 def load_base(kind, path: str, bits: int, **options):
-    """A model of this class with the settings that all models here share: bf16 on a GPU or in 4 bits, else fp32."""
+    """A model of this class with the settings that all models here share."""
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -111,9 +126,8 @@ def load_base(kind, path: str, bits: int, **options):
         nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
         # A classification head (`score`) is trained whole, so it cannot be in NF4.
         options["quantization_config"] = BitsAndBytesConfig(**nf4, llm_int8_skip_modules=["lm_head", "score"])
-    dtype = torch.bfloat16 if cuda or bits == 4 else torch.float32
     device = {"": int(os.environ.get("LOCAL_RANK", 0))} if cuda else None
-    model = from_pretrained(kind, path, dtype=dtype, device_map=device, **options)
+    model = from_pretrained(kind, path, dtype=compute_dtype(path, bits), device_map=device, **options)
     for module in model.modules():
         # On a CPU bitsandbytes repacks the weights, in place, at the first pass in eval mode. A model trained after
         # that is another one: its log-probabilities are off by 0.23 per token.

@@ -57,11 +57,16 @@ def prompt_hashes(roles: list[str], folder: Path = PROMPTS) -> dict[str, str]:
 
 
 def read_rules(path: Path) -> list[str]:
-    """The rules of a list file such as prompts/principles.md: the lines that begin with "- "."""
+    """The rules of a list file such as prompts/principles.md, one a line; nobody's rule may get lost over its dash."""
     if not path.is_file():
         fail(f"{path} does not exist; write one rule per line, each beginning with '- '")
-    lines = read_text(path).split("\n")
-    rules = [line.strip()[2:].strip() for line in lines if line.strip().startswith("- ")]
+    rules = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        rule = re.match(r"\s*(?:[-*•–－]|\d+[.、)])\s+(.+)", line)
+        if rule:
+            rules.append(rule[1].strip())
+        elif rules and line.strip() and not line.startswith("#"):
+            fail(f"{path}:{number}: no rule; write one per line, each beginning with '- '")
     return rules or fail(f"{path} holds no rule; write one per line, each beginning with '- '")
 
 

@@ -187,8 +187,8 @@ def numbered_rows(path: Path) -> Iterator[tuple[str, dict]]:
                 row = json.loads(text) if text else None
             except UnicodeDecodeError:
                 fail(f"{place}: not UTF-8; save the file as UTF-8")
-            except json.JSONDecodeError as e:
-                fail(f"{place}: not JSON ({e.msg} at column {e.colno}); fix or delete that line")
+            except (ValueError, RecursionError) as e:
+                fail(f"{place}: not JSON ({e}); fix or delete that line")
             if "\\u" in text:  # only an escape can name half of a character
                 row = json.loads(as_json(row))
             if text:

@@ -46,12 +46,12 @@ def fitting_queries(args: argparse.Namespace, base: str) -> list[Query]:
     return fitting
 
 
-def trainer_settings(bits: int) -> dict:
-    """Settings that every TRL trainer here shares: bf16 where load_base takes it, what else a GPU asks for."""
+def trainer_settings(model) -> dict:
+    """Settings that every TRL trainer of this model shares: bf16 where its base is, what else a GPU asks for."""
     import torch
 
     cuda = torch.cuda.is_available()
-    return {"bf16": cuda or bits == 4, "use_cpu": not cuda, "gradient_checkpointing": cuda}
+    return {"bf16": model.dtype == torch.bfloat16, "use_cpu": not cuda, "gradient_checkpointing": cuda}
 
 
 def per_process(batch: int, accumulation: int) -> tuple[int, int]:

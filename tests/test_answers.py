@@ -249,3 +249,27 @@ def test_the_rule_based_critic_gives_no_grades(tmp_path: Path, capsys: pytest.Ca
     with pytest.raises(SystemExit) as end:
         judge("", tmp_path, graded=True, offline=True)
     assert end.value.code == 2 and "--graded" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<|channel|>analysis<|message|>先想<|start|>assistant<|channel|>final<|message|>老师好。",
+        "<|START_THINKING|>先想<|END_THINKING|>老师好。",
+        "<think:6124c78e>先想</think:6124c78e><answer>老师好。</answer>",
+        "<mm:think>先想</mm:think>老师好。",
+        "<thought_process>先想</thought_process><response>老师好。</response>",
+    ],
+)
+def test_other_models_marks_of_thoughts_and_answers_are_no_text(text: str) -> None:
+    completion = {"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}
+    assert json.loads(usable_text(completion, Text)) == {"text": "老师好。"}
+
+
+@pytest.mark.parametrize(
+    "text", ["老师好。<|im_end|>", "老师好。<|eot_id|><|start_header_id|>assistant", "<|channel>thought\n先想"]
+)
+def test_a_token_that_a_server_leaks_is_no_text(text: str) -> None:
+    completion = {"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}
+    with pytest.raises(Unusable, match="special tokens"):
+        usable_text(completion, Text)

@@ -240,9 +240,9 @@ def test_an_error_in_a_reply_of_status_200_is_that_error(
 def test_a_404_shows_what_it_says_and_asks_for_v1(
     server: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str], path: str, asks: bool
 ) -> None:
-    server.replies[:] = [replace(raw({"detail": f"nobody offers this, {KEY}"}), status=404)]
+    server.replies[:] = [replace(raw({"detail": f"nobody offers this model, {KEY}"}), status=404)]
     line = stopped(capsys, server.url.removesuffix("/v1") + path, tmp_path)
-    assert "nobody offers this, ***" in line and "--model" in line and ("/v1 missing" in line) == asks
+    assert "nobody offers this model, ***" in line and "--model" in line and ("/v1 missing" in line) == asks
 
 
 def test_a_cut_answer_is_asked_for_with_more_room(server: Served, tmp_path: Path) -> None:

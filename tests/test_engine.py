@@ -92,11 +92,18 @@ def test_a_16_bit_policy_too(sft: dict[int, Path]) -> None:
     assert len(gaps(sft[16])) == 3 and max(gaps(sft[16])) <= 0.01
 
 
-@pytest.mark.parametrize("injected", ["never_sent", "sent_once"])
-def test_an_adapter_that_does_not_reach_the_engine_stops_the_run(folder: Path, injected: str) -> None:
-    done = step_4(folder, injected, 4, "--steps", 12, "--learning-rate", 5e-3)
+@pytest.mark.parametrize(
+    ("injected", "told"),
+    [
+        ("never_sent", "the engine did not take the adapter"),
+        ("sent_once", "the engine did not take the adapter"),
+        ("original_base", "these rollouts are not the policy's"),
+    ],
+)
+def test_an_engine_with_another_policy_stops_the_run(folder: Path, injected: str, told: str) -> None:
+    done = step_4(folder, injected, 4, "--steps", 12, "--learning-rate", 5e-3, "--max-gap", 0.02)
     assert done.returncode == 2, done.stderr
-    assert "these rollouts are not the policy's" in done.stderr and "Traceback" not in done.stderr
+    assert told in done.stderr and "Traceback" not in done.stderr
     assert not (folder / "policy_judge").exists()
     if injected == "never_sent":
         assert not (folder / "metrics_judge.jsonl").exists()  # no update was made

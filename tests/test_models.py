@@ -15,11 +15,21 @@ from conftest import ROOT
 from datasets import Dataset
 from peft import get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Qwen2Config, Qwen2ForCausalLM
 
 from common import engine, policy
 from common.offline.flaws import flaws_of
 from common.offline.tiny_model import tiny_policy
-from common.policy import check_adapter, find_policy, generate, load_policy, load_tokenizer, lora, model_folder
+from common.policy import (
+    check_adapter,
+    find_policy,
+    generate,
+    load_base,
+    load_policy,
+    load_tokenizer,
+    lora,
+    model_folder,
+)
 from common.prompts import conversation
 from common.records import Query, read
 from common.reward_model import RewardModel
@@ -92,7 +102,7 @@ def test_four_bits_on_a_cpu_write_and_learn(base: str, queries: list[str], tmp_p
     ]
     config = trl.SFTConfig(
         output_dir=str(tmp_path), max_steps=6, learning_rate=5e-3, per_device_train_batch_size=8, logging_steps=1,
-        **trainer_settings(4),
+        **trainer_settings(model),
     )  # fmt: skip
     trainer = trl.SFTTrainer(
         model=model, args=config, processing_class=tokenizer, train_dataset=Dataset.from_list(rows),
@@ -101,6 +111,30 @@ def test_four_bits_on_a_cpu_write_and_learn(base: str, queries: list[str], tmp_p
     trainer.train()
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("stored", "multiplies_in_bf16", "loaded"),
+    [
+        (torch.bfloat16, True, torch.bfloat16),
+        (torch.float16, True, torch.bfloat16),
+        (torch.bfloat16, False, torch.float32),
+        (torch.float32, True, torch.float32),
+    ],
+)
+def test_on_a_cpu_a_base_computes_in_bf16_if_it_is_stored_in_16_bits_and_the_cpu_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: torch.dtype, multiplies_in_bf16: bool, loaded: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": multiplies_in_bf16})
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 64}
+    config = Qwen2Config(**sizes, num_attention_heads=2, num_key_value_heads=2)
+    Qwen2ForCausalLM(config).to(stored).save_pretrained(tmp_path)
+    for kind, task in ((AutoModelForCausalLM, "CAUSAL_LM"), (AutoModelForSequenceClassification, "SEQ_CLS")):
+        model = load_base(kind, str(tmp_path), 16)
+        assert {weight.dtype for weight in model.parameters()} == {loaded}
+        for part in (model, get_peft_model(model, lora(4, task))):
+            assert trainer_settings(part)["bf16"] == (loaded == torch.bfloat16)  # also with an adapter in fp32
 
 
 def test_the_null_baselines_find_what_is_there_to_find() -> None:
@@ -228,7 +262,7 @@ def test_rollouts_end_where_greetings_do(queries: list[str], other, tmp_path: Pa
 
     config = trl.GRPOConfig(
         output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=32, num_generations=4, logging_steps=1,
-        max_completion_length=40, **trainer_settings(16),
+        max_completion_length=40, **trainer_settings(model),
     )  # fmt: skip
     data = Dataset.from_list([{"prompt": conversation(query, PROMPTS)} for query in queries])
     trainer = trl.GRPOTrainer(model, reward, config, data, processing_class=tokenizer)
@@ -244,7 +278,7 @@ def test_rollouts_end_where_greetings_do(queries: list[str], other, tmp_path: Pa
 def test_a_pad_token_that_is_the_end_hides_no_end_from_training_and_is_saved(other, tmp_path: Path) -> None:
     model, tokenizer = load_policy(other(tokenizer={"pad_token": None}, config={"pad_token_id": None}), 16)
     rows = [{"prompt": CHAT[:1], "completion": [{"role": "assistant", "content": "好" * n}]} for n in (1, 9)]
-    config = trl.SFTConfig(output_dir=str(tmp_path / "sft"), per_device_train_batch_size=2, **trainer_settings(16))
+    config = trl.SFTConfig(output_dir=str(tmp_path / "sft"), per_device_train_batch_size=2, **trainer_settings(model))
     trainer = trl.SFTTrainer(
         model, config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
         peft_config=lora(4, "CAUSAL_LM"),
@@ -348,7 +382,7 @@ def sft(base: str, queries: list[str], tmp_path: Path) -> Callable[[float], trl.
         rows = [{"prompt": conversation(q, PROMPTS), "completion": CHAT[1:]} for q in queries]
         config = trl.SFTConfig(
             output_dir=str(tmp_path), num_train_epochs=epochs, per_device_train_batch_size=8, save_strategy="steps",
-            save_steps=1, logging_steps=1, learning_rate=1e-2, **trainer_settings(16),
+            save_steps=1, logging_steps=1, learning_rate=1e-2, **trainer_settings(model),
         )  # fmt: skip
         return trl.SFTTrainer(
             model, config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,

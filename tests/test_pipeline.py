@@ -164,10 +164,12 @@ def test_trl_takes_the_preferences_as_they_are(run: Path, tmp_path: Path) -> Non
 
     dataset = load_dataset("json", data_files=str(run / "preferences.jsonl"), split="train", cache_dir=str(tmp_path))
     base = str(tiny_policy())
-    config = RewardConfig(output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, **trainer_settings(16))
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    config = RewardConfig(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, **trainer_settings(model)
+    )
     trainer = RewardTrainer(
-        model=AutoModelForSequenceClassification.from_pretrained(base, num_labels=1), args=config,
-        processing_class=load_tokenizer(base), train_dataset=dataset,
+        model=model, args=config, processing_class=load_tokenizer(base), train_dataset=dataset,
     )  # fmt: skip
     trainer.train()
     assert trainer.state.global_step == 2

@@ -81,6 +81,16 @@ def test_no_rule_is_lost_where_files_are_joined_or_a_rule_holds_a_line_separator
     assert read_rules(path) == ["语言\u2028通顺", "情感\x85真挚"]
 
 
+def test_a_rule_may_begin_with_any_dash_or_a_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "rules.md"
+    path.write_text("# 准则\n\n-\u3000甲\n-\t乙\n－ 丙\n* 丁\n1. 戊\n", encoding="utf-8")
+    assert read_rules(path) == ["甲", "乙", "丙", "丁", "戊"]
+    path.write_text("- 甲\n  乙，还没完\n", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        read_rules(path)
+    assert f"{path}:2: no rule" in capsys.readouterr().err
+
+
 def test_rules_that_are_not_utf_8_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "rules.md"
     path.write_bytes("- 语言通顺\n".encode("gbk"))
