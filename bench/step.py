@@ -3,9 +3,9 @@
     python bench/step.py --policy DIR --repeats 3    # seconds of one update by phase; without --policy the tiny model
     python bench/step.py --sweep --policy DIR        # learning rates; a sweep that was stopped goes on from there
 
-Stock and ours are one trainer with one model, settings and rollouts: only the function that computes log-probabilities
-is TRL's or that of common/grpo_trainer.py. The rollouts are greetings of data/references.jsonl, padded as TRL pads.
-Nothing is learnt from them: the gradients are dropped.
+Stock and ours are one trainer with one model, settings and rollouts: only what common/grpo_trainer.py overrides of the
+passes is TRL's own or ours. Commit f7aa587 had TRL's own, and a base in fp32 on a CPU; without an fp32 head, which is
+noise there. The rollouts are the policy's, padded as TRL pads. Nothing is learnt from them: the gradients are dropped.
 
 The sweep runs 04_grpo.py from one SFT adapter, each rate in a folder of its own, rewarded by the rule-based critic.
 """
@@ -30,13 +30,13 @@ from types import MethodType
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from bench.memory import copy_of
-from common.grpo_trainer import GAP, grpo_trainer
+from common.grpo_trainer import GAP, grpo_trainer, of_like_length
 from common.offline.flaws import FLAWS
 from common.offline.language import REFERENCES
 from common.offline.tiny_model import tiny_policy
-from common.policy import load_policy, lora, silence_libraries
+from common.policy import generate, load_policy, lora, silence_libraries
 from common.prompts import PROMPTS, conversation
-from common.records import Reference, read, read_lines, write
+from common.records import Query, Reference, read, read_lines, write
 from common.run_folder import positive
 from common.trainers import fix_trainer, trainer_settings
 
@@ -61,13 +61,15 @@ def machine() -> str:
 # ---- one update -----------------------------------------------------------------------------------------------------
 
 
-def build_trainer(args: argparse.Namespace):
+def build_trainer(args: argparse.Namespace, fp32: bool):
     """Step 4's trainer with a new adapter, which it never trains."""
     from datasets import Dataset
     from peft import get_peft_model
     from trl import GRPOConfig
 
     model, tokenizer = load_policy(str(args.policy), args.bits)
+    if fp32:
+        model.float()
     model = get_peft_model(model, lora(16, "CAUSAL_LM"))
     passes = args.rows // args.micro_batch
     settings = {"num_generations": 2, "beta": 0.001, "use_bias_correction_kl": False, "cast_lm_head_to_fp32": True}
@@ -89,32 +91,37 @@ def build_trainer(args: argparse.Namespace):
     return trainer
 
 
-def rollouts(tokenizer, rows: int) -> dict:
-    """Some references as TRL hands rollouts on: prompts padded on the left, completions on the right, (rows, longest).
+def rollouts(args: argparse.Namespace, model, tokenizer) -> tuple[dict, float]:
+    """(what the policy writes, as TRL hands rollouts on, seconds of writing it), four completions of each query.
 
-    Half of them have an advantage of 1, half of -1.
+    Prompts are padded on the left, completions on the right, (rows, longest). Half have an advantage of 1, half of -1.
     """
     import torch
     from trl.trainer.utils import pad
 
+    queries = random.Random(0).sample(read(ROOT / "data/queries.jsonl", Query), args.rows // 4)
+    asked = [conversation(query.query, PROMPTS) for query in queries for _ in range(4)]
+    started = time.perf_counter()
+    how = {"temperature": 1.0, "max_tokens": args.max_tokens, "batch_size": args.rows, "seed": 0}
+    texts = generate(model, tokenizer, asked, **how)
+    seconds = time.perf_counter() - started
     prompts, completions = [], []
-    for reference in random.Random(0).sample(read(REFERENCES, Reference), rows):
-        asked = tokenizer.apply_chat_template(conversation(reference.query, PROMPTS), add_generation_prompt=True)
-        written = tokenizer(reference.response, add_special_tokens=False)["input_ids"]
-        prompts.append(torch.tensor(asked["input_ids"]))
-        completions.append(torch.tensor([*written, tokenizer.eos_token_id]))
-    batch = {"advantages": torch.tensor([1.0, -1.0]).repeat(rows)[:rows]}
-    for name, texts, side in (("prompt", prompts, "left"), ("completion", completions, "right")):
-        batch[f"{name}_ids"] = pad(texts, tokenizer.pad_token_id, side)
-        batch[f"{name}_mask"] = pad([torch.ones_like(text) for text in texts], 0, side)
-    return batch
+    for prompt, text in zip(asked, texts, strict=True):
+        prompts.append(torch.tensor(tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]))
+        written = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        completions.append(torch.tensor(written))
+    batch = {"advantages": torch.tensor([1.0, -1.0]).repeat(args.rows // 2)}
+    for name, tokens, side in (("prompt", prompts, "left"), ("completion", completions, "right")):
+        batch[f"{name}_ids"] = pad(tokens, tokenizer.pad_token_id, side)
+        batch[f"{name}_mask"] = pad([torch.ones_like(text) for text in tokens], 0, side)
+    return batch, seconds
 
 
 def update(trainer, batch: dict, stock: bool) -> tuple[dict[str, float], object]:
     """(seconds of each phase of an update, the rollouts' old log-probabilities), by TRL's function or ours."""
     import torch
     from trl import GRPOTrainer
-    from trl.trainer.utils import use_adapter
+    from trl.trainer.utils import split_tensor_dict, use_adapter
 
     name = "_get_per_token_logps_and_entropies"
     vars(trainer).pop(name, None)
@@ -142,8 +149,9 @@ def update(trainer, batch: dict, stock: bool) -> tuple[dict[str, float], object]
         with timed("reference log-probabilities"), use_adapter(model, "ref"):
             reference = score(*inputs)[0]
     rows = batch | {"old_per_token_logps": old, "ref_per_token_logps": reference}
-    for start in range(0, len(ids), micro_batch):
-        part = {key: value[start : start + micro_batch] for key, value in rows.items()}
+    passes = len(ids) // micro_batch
+    parts = split_tensor_dict(rows, passes)
+    for part in parts if stock else of_like_length(parts, passes):
         part["num_items_in_batch"] = batch["completion_mask"].sum()
         with timed("forward"):
             loss = trainer._compute_loss(model, part)
@@ -154,19 +162,26 @@ def update(trainer, batch: dict, stock: bool) -> tuple[dict[str, float], object]
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Print the table of phases, stock beside ours, and write step.json."""
-    trainer = build_trainer(args)
-    device = trainer.accelerator.device
-    batch = {key: value.to(device) for key, value in rollouts(trainer.processing_class, args.rows).items()}
+    """Print the table of phases, ours beside TRL's own, and write step.json."""
+    import torch
+
+    trainers = {"stock": build_trainer(args, fp32=False)}
+    trainers["ours"] = trainers["stock"]
+    device = trainers["ours"].accelerator.device
+    if device.type == "cpu" and trainers["ours"].model.dtype == torch.bfloat16:
+        trainers["f7aa587"] = build_trainer(args, fp32=True)
+    batch, writing = rollouts(args, trainers["ours"].model, trainers["ours"].processing_class)
+    batch = {key: value.to(device) for key, value in batch.items()}
     # The weights are read from the disk and kernels compiled in the first passes, which are not counted.
     few = {key: value[: args.micro_batch] for key, value in batch.items()}
-    seconds: dict[str, list[dict]] = {"stock": [], "ours": []}
+    seconds: dict[str, list[dict]] = {who: [] for who in trainers}
     logps = {}
-    for who in seconds:
-        update(trainer, few, who == "stock")
+    for who, trainer in trainers.items():
+        update(trainer, few, who != "ours")
     for repeat in range(args.repeats):
-        for who in ("stock", "ours") if repeat % 2 == 0 else ("ours", "stock"):
-            phases, logps[who] = update(trainer, batch, who == "stock")
+        turns = list(trainers)[:: 1 if repeat % 2 == 0 else -1]
+        for who in turns:
+            phases, logps[who] = update(trainers[who], batch, who != "ours")
             seconds[who].append(phases | {"together": sum(phases.values())})
             print(f"repeat {repeat + 1}, {who}: {sum(phases.values()):.1f} s", file=sys.stderr, flush=True)
 
@@ -174,22 +189,23 @@ def compare(args: argparse.Namespace) -> None:
     difference = (logps["stock"] - logps["ours"])[written].abs().mean().item()
     lengths = written.sum(1).tolist()
     shape = f"{args.rows} rollouts of {min(lengths)} to {max(lengths)} tokens (mean {statistics.mean(lengths):.0f})"
-    dtype = str(trainer.model.dtype).removeprefix("torch.")
+    dtype = str(trainers["ours"].model.dtype).removeprefix("torch.")
     print(f"{machine()}; {args.policy.name}, {dtype}, {shape}, {args.micro_batch} a pass, {args.repeats} repeats\n")
-    print("| phase | stock, s | ours, s | ratio |\n|---|---|---|---|")
+    print(f"| phase, s | {' | '.join(trainers)} | ours / stock |\n|{'---|' * (len(trainers) + 2)}")
     ratios = {}
     for phase in (*PHASES, "together"):
-        cells, medians = [], []
-        for who in seconds:
+        cells, medians = [], {}
+        for who in trainers:
             values = [phases[phase] for phases in seconds[who]]
-            medians.append(statistics.median(values))
-            cells.append(f"{medians[-1]:.2f} [{min(values):.2f}, {max(values):.2f}]")
-        ratios[phase] = medians[1] / medians[0]
+            medians[who] = statistics.median(values)
+            cells.append(f"{medians[who]:.2f} [{min(values):.2f}, {max(values):.2f}]")
+        ratios[phase] = medians["ours"] / medians["stock"]
         print(f"| {phase} | {' | '.join(cells)} | {ratios[phase]:.2f} |")
     print(f"\ntarget: {TARGET} together. The two log-probabilities of a token differ by {difference:.1e} in the mean.")
+    print(f"Writing the rollouts took {writing:.1f} s, of which nothing is in the table.")
     report = {"machine": machine(), "policy": str(args.policy), "dtype": dtype, "lengths": lengths}
     report |= {"micro_batch": args.micro_batch, "seconds": seconds, "ratios": ratios, "difference": difference}
-    (args.out / "step.json").write_text(json.dumps(report, indent=1) + "\n")
+    (args.out / "step.json").write_text(json.dumps(report | {"writing": writing}, indent=1) + "\n")
 
 
 # ---- learning rates -------------------------------------------------------------------------------------------------
@@ -204,8 +220,6 @@ def step_4(args: argparse.Namespace, run: Path, *flags: object) -> None:
 
 def sweep(args: argparse.Namespace) -> None:
     """Print KL, reward and gap after some updates at each learning rate, and write sweep.json."""
-    import torch
-
     # One SFT for all rates: they differ in nothing else, and the KL of each is measured from it.
     folder = args.out / "sweep" / args.policy.name
     start = folder / "sft"
@@ -221,7 +235,7 @@ def sweep(args: argparse.Namespace) -> None:
     write(start / "principles.jsonl", [version])
     step_4(args, start, "--reward", "none", "--sft-epochs", 1)
 
-    engine = "vllm" if torch.cuda.is_available() and importlib.util.find_spec("vllm") else "hf"
+    engine = "vllm" if importlib.util.find_spec("vllm") else "hf"  # without an engine there is no gap to it
     flags = ["--offline", "--reward", "judge", "--engine", engine, "--steps", args.updates, *SWEEP]
     report = {}
     for rate in RATES:
@@ -253,13 +267,14 @@ def main() -> None:
     parser.add_argument("--policy", type=Path, help="a folder with a model (the tiny model)")
     parser.add_argument("--bits", type=int, choices=(4, 16), help="of its weights (4 on a GPU, else 16)")
     parser.add_argument("--rows", type=positive, default=16, help="rollouts of the update (%(default)s)")
+    parser.add_argument("--max-tokens", type=positive, default=128, help="of a rollout (%(default)s)")
     parser.add_argument("--micro-batch", type=positive, default=8, help="completions in one pass (%(default)s)")
     parser.add_argument("--repeats", type=positive, default=3, help="of each trainer, in turns (%(default)s)")
     parser.add_argument("--sweep", action="store_true", help="learning rates instead")
     parser.add_argument("--updates", type=positive, default=20, help="of each learning rate (%(default)s)")
     args = parser.parse_args()
-    if args.rows % args.micro_batch:
-        parser.error("--rows must be a multiple of --micro-batch")
+    if args.rows % args.micro_batch or args.rows % 4:
+        parser.error("--rows must be a multiple of --micro-batch and of 4")
     silence_libraries()
     import torch
 

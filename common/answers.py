@@ -177,6 +177,14 @@ def usable_text(completion: dict, answer: type[Answer]) -> str:
     return json.dumps(fields, ensure_ascii=False)
 
 
+def tokens_of(usage: dict) -> tuple[int, int]:
+    """(input, output) tokens of a completion's `usage`; a count may be 12, 12.0 or "12", and is 0 where it is none."""
+    counts = (re.match(r"\d{1,15}\b", str(usage.get(f"{name}_tokens"))) for name in ("prompt", "completion", "total"))
+    asked, said, total = (int(count[0]) if count else 0 for count in counts)
+    # What only the total counts, as some do with thoughts, is output, the dearer of the two.
+    return asked, max(said, total - asked)
+
+
 def text_of(message: dict) -> str:
     """What a message says. Of a content that is a list of parts, those that are no text are thoughts."""
     content = message.get("content") or ""

@@ -18,9 +18,9 @@ from weakref import WeakValueDictionary
 
 from tqdm import tqdm
 
-from common.answers import TOP_LOGPROBS, A, Answer, GradedVerdict, Text, response_format, usable_text
+from common.answers import TOP_LOGPROBS, A, Answer, GradedVerdict, Text, response_format, tokens_of, usable_text
 from common.endpoint import endpoint_name, proxies_to
-from common.failures import NOBODY_ANSWERS, Action, Failure, Unusable, adapt, diagnose, what_to_change
+from common.failures import LOADING, Action, Failure, Unusable, adapt, diagnose, what_to_change
 from common.prompts import render
 from common.run_folder import Stop, digest, fail, main_process
 from common.store import StoredAnswer, open_store
@@ -51,6 +51,7 @@ class Client:
         self.openai = None  # made when the first question is not in the store
         self.connecting = asyncio.Lock()
         self.waiting = asyncio.Lock()  # held by whoever checks whether the endpoint is back
+        self.away_since = 0.0  # by time.monotonic(): when it was found away, or loading; 0 after an answer
 
         # By the question's key. A lock goes when nobody asks that question any more.
         self.locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -110,11 +111,15 @@ class Client:
             self.openai = openai.AsyncOpenAI(
                 base_url=address, api_key=self.key or "none", timeout=self.args.timeout, max_retries=0, http_client=http
             )
-            if self.endpoint != "offline" and not await self._answers():
-                raise self._stop_run(f"does not answer{route}; start it, name one with --base-url, or use --offline")
+            failure = await self._silence() if self.endpoint != "offline" else None
+            if failure and failure.action is Action.WAIT_FOR_ENDPOINT and self.args.wait and not route:
+                await self._wait_for_endpoint(failure)
+            elif failure:
+                remedy = "start it, add --wait SECONDS while it loads, name one with --base-url, or use --offline"
+                raise self._stop_run(f"does not answer{route}; {remedy}")
 
-    async def _answers(self) -> bool:
-        """Whether anybody answers at the endpoint; raises Stop if the key is refused."""
+    async def _silence(self) -> Failure | None:
+        """Why nobody answers at the endpoint, None if anybody does; raises Stop if the key is refused."""
         import openai
 
         try:
@@ -122,23 +127,24 @@ class Client:
                 await self.openai.models.list()
         except openai.AuthenticationError as e:
             raise self._stop_run(diagnose(e).message) from None
-        except (openai.APIConnectionError, TimeoutError):
-            return False
+        except (openai.APIConnectionError, TimeoutError) as e:
+            return diagnose(e)
         except (openai.APIError, AttributeError, TypeError, ValueError):
-            pass  # an answer: not every server lists its models, or not for every key
-        return True
+            return None  # an answer: not every server lists its models, or not for every key
 
-    async def _wait_for_endpoint(self) -> None:
-        """Return when an endpoint that went away answers again; raises Stop if it does not within --wait."""
+    async def _wait_for_endpoint(self, failure: Failure) -> None:
+        """Return when an endpoint that is away, or loads its model, is worth a try; raises Stop after --wait."""
         async with self.waiting:
             self._check_stop()  # whoever waited before may have given up
-            deadline, limit = time.monotonic() + self.args.wait, f"{self.args.wait:g} s"
-            while not await self._answers():
-                if time.monotonic() > deadline:
-                    remedy = "what was answered is kept: start it and run again"
-                    raise self._stop_run(f"went away and did not come back within --wait {limit}; {remedy}")
-                self._tell_once("agents", NOBODY_ANSWERS, f"waiting {limit} for {self.endpoint} to come back")
+            wait = 600.0 if self.args.wait is None else self.args.wait
+            self.away_since = self.away_since or time.monotonic()
+            while time.monotonic() - self.away_since < wait:
+                self._tell_once("agents", failure.reason, f"waiting {wait:g} s for {self.endpoint} ({failure.message})")
+                if not await self._silence():
+                    return
                 await asyncio.sleep(1.0)
+            remedy = "what was answered is kept: start it, or name one with --base-url, and run again"
+            raise self._stop_run(f"is away, did not come back within --wait {wait:g} s; {remedy} ({failure.message})")
 
     async def ask(self, role: str, answer: type[A], *, temperature: float = 0.0, sample: int = 0, **slots) -> A:
         """The role's answer to its prompt with these slots filled in; another `sample` asks for another answer.
@@ -191,7 +197,7 @@ class Client:
                 if not isinstance(outcome, Failure):
                     return outcome
 
-                failure, backoff = outcome, min(MAX_WAIT, 0.5 * 2 ** (attempt + waits)) * random.uniform(0.5, 1.0)
+                failure, backoff = outcome, min(MAX_WAIT, 0.5 * 2 ** min(9, attempt + waits)) * random.uniform(0.5, 1.0)
                 pause = min(MAX_WAIT, max(backoff, failure.retry_after))
                 if failure.action in (Action.SLOW_DOWN, Action.TAKE_FEWER):
                     # Before this place is free, or another request slips through.
@@ -200,10 +206,11 @@ class Client:
             # Failures that are not the question's fault cost it no attempt.
             if failure.action is Action.STOP:
                 raise self._stop_run(failure.message.replace("{model}", self.model))
-            if failure.action is Action.WAIT_FOR_ENDPOINT:
-                await self._wait_for_endpoint()
-                continue
-            if failure.action is Action.SLOW_DOWN and waits < MOST_WAITS:
+            away = failure.action is Action.WAIT_FOR_ENDPOINT or (failure.reason in LOADING and not self.taken)
+            if away:
+                await asyncio.sleep(pause)
+                await self._wait_for_endpoint(failure)
+            if away or (failure.action is Action.SLOW_DOWN and waits < MOST_WAITS):
                 waits += 1
                 continue
 
@@ -223,12 +230,14 @@ class Client:
     async def _send_as_taken(self, key: str, role: str, request: dict, answer: type[Answer]) -> StoredAnswer | Failure:
         """An attempt without what the endpoint refuses; what is found to be refused is left out from then on."""
         tried: dict[str, str] = {}  # what this request goes without, on trial -> the words that refused it
+        doubted = None  # the last request that was refused in words that name no part of it
         while True:
             as_sent = adapt(request, self.refused | tried.keys())
             outcome = await self._attempt(key, role, as_sent, answer)
             action = outcome.action if isinstance(outcome, Failure) else None
             if action in (None, Action.RESAMPLE, Action.ALLOW_MORE_TOKENS):  # it was taken, whatever came of it
                 self.taken.add(role)
+                self.away_since = 0.0
                 self.refused |= tried.keys()
                 for name, words in tried.items():
                     self._tell_once(role, f"takes no {name}", f"left out or sent in another form from now on ({words})")
@@ -236,6 +245,9 @@ class Client:
             # A role that is taken may still meet what another question has found out meanwhile.
             if not change or (role in self.taken and change not in self.refused):
                 return outcome
+            if as_sent != doubted and (change == "system" or change not in outcome.message.lower()):
+                doubted = as_sent  # "Bad request", "System error": by chance, unless it comes again
+                continue
             tried[change] = outcome.message
 
     async def _attempt(self, key: str, role: str, request: dict, answer: type[Answer]) -> StoredAnswer | Failure:
@@ -251,16 +263,13 @@ class Client:
                 # chat.completions.create() checks the schema of every request again, which takes most of its time.
                 reply = await self.openai.post("/chat/completions", body=request, cast_to=httpx2.Response)
             completion = json.loads(self._without_key(reply.content.decode()))
+            tokens = tokens_of(completion.get("usage") or {})
             if completion.get("error"):
                 raise openai.APIStatusError("", response=reply, body=completion["error"])
-            usage = completion.get("usage") or {}
-            asked, said = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
-            # What only the total counts, as some do with thoughts, is output, the dearer of the two.
-            tokens = (asked, max(said, (usage.get("total_tokens") or 0) - asked))
+            if self.args.budget is not None and completion.get("choices") and not any(tokens):
+                self._stop_run("reports no usage, so that no --budget can be kept: run again without one")  # not raised
             text = usable_text(completion, answer)
             booked_as, to_keep = "ok", {"key": key, "text": text}
-            if self.args.budget is not None and not any(tokens):
-                raise self._stop_run("reports no usage, so that no --budget can be kept: run again without one")
             self.throttle.answered()
             return text, *tokens
         except Exception as e:

@@ -42,7 +42,7 @@ def add_endpoint_flags(parser: argparse.ArgumentParser) -> None:
     pace("--concurrency", type=positive, default=64, help="requests under way at once, at most (%(default)s)")
     pace("--timeout", type=float, default=120, help="seconds for one attempt (%(default)s)")
     pace("--attempts", type=positive, default=5, help="at a question; a wait for a rate limit is none (%(default)s)")
-    pace("--wait", type=float, default=600, help="seconds to wait for an endpoint that went away (%(default)s)")
+    pace("--wait", type=float, help="seconds to wait for an endpoint that loads, went away (600), or is not there (0)")
     pace("--price-in", type=float, default=0.0, help="money for a million input tokens")
     pace("--price-out", type=float, default=0.0, help="money for a million output tokens")
     pace("--budget", type=float, help="most that this run folder may cost: money if priced, else tokens")

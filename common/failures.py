@@ -13,6 +13,7 @@ CUT, FILTERED, NO_LOGPROBS = "cut at the token limit", "content filter", "no log
 NOT_JSON, NOT_A_COMPLETION = "not the JSON asked for", "not a chat completion"
 EMPTY, BROKEN_OFF = "empty", "broken off"
 NOBODY_ANSWERS = "nobody answers"
+LOADING = ("HTTP 502", "HTTP 503")  # what an endpoint that has answered nothing yet may say while it loads its model
 
 # An empty account, which some report as a rate limit: no wait ends it.
 NO_MONEY = (
@@ -79,7 +80,7 @@ def diagnose(error: Exception) -> Failure:
         case openai.APIStatusError():
             return reported_error(error)
         case openai.APIConnectionError() if refuses_connections(error):
-            return Failure(NOBODY_ANSWERS, Action.WAIT_FOR_ENDPOINT)
+            return Failure(NOBODY_ANSWERS, Action.WAIT_FOR_ENDPOINT, "it refuses connections")
         case openai.APITimeoutError() if isinstance(error.__cause__, httpx2.ConnectTimeout):
             return Failure("connection", Action.RETRY)  # aiohttp reports a server that hangs up in this way
         case openai.APITimeoutError() | TimeoutError():
@@ -99,11 +100,9 @@ def reported_error(error) -> Failure:
         status = int(error.code) if re.fullmatch("[45][0-9][0-9]", error.code or "") else 500
 
     reason, wait = f"HTTP {status}", retry_after(error.response.headers)
-    out_of_money = re.search(NO_MONEY, words, re.I)
+    out_of_money = re.search(NO_MONEY, words, re.I)  # which in a 400 may be said of the text, but for "arrears"
     match status:
-        case _ if status == 402 or (
-            out_of_money and (status != 400 or "arrear" in words.lower())
-        ):  # 400: the text's words
+        case _ if status == 402 or (out_of_money and (status != 400 or "arrear" in words.lower())):
             return Failure(reason, Action.STOP, f"wants to be paid; what was answered is kept ({words})")
         case 401:
             return Failure(reason, Action.STOP, f"refuses the key; set the variable that --api-key-env names ({words})")
@@ -129,6 +128,9 @@ def what_next(failures: Collection[str]) -> tuple[int, str]:
     """(a script's exit code, what to do) after failures of these reasons, each perhaps preceded by whose it was."""
     if all(reason.endswith((FILTERED, NO_LOGPROBS, "HTTP 403")) for reason in failures):
         return 0, "another call would bring the same"
+    refused = ", ".join(sorted({reason for reason in failures if re.search("HTTP (400|413|422)$", reason)}))
+    if refused:
+        return 3, f"run again to ask again; the endpoint refuses these as they are, in its words above: {refused}"
     return 3, "run again to ask again"
 
 

@@ -22,6 +22,28 @@ def gap_limit(before: list[float], cap: float) -> float:
     return min(cap, max(GAP_NOISE, GAP_RISE * statistics.median(before)))
 
 
+def of_like_length(batches: list[dict], passes: int) -> list[dict]:
+    """The rollouts of a step, of which every `passes` batches make an update, with those of like length in one batch.
+
+    The sum over an update's rows is the same in any order, and a batch is as wide as its longest row. Batches are
+    dicts of tensors (rows, ...), of one number for all rows, and of None.
+    """
+    import torch
+    from trl.trainer.utils import split_tensor_dict
+
+    ordered = []
+    for start in range(0, len(batches), passes):
+        update = batches[start : start + passes]
+        widths = [batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1) for batch in update]
+        order = torch.cat(widths).argsort()
+        whole = {}
+        for name, value in update[0].items():
+            rows = torch.is_tensor(value) and value.ndim
+            whole[name] = torch.cat([batch[name] for batch in update])[order] if rows else value
+        ordered += split_tensor_dict(whole, passes)
+    return ordered
+
+
 def untie_head(base) -> None:
     """Give a base whose head is its embeddings a head of its own: TRL can compute in fp32 with no other."""
     import torch
@@ -71,6 +93,14 @@ def grpo_trainer(args: argparse.Namespace, model, rewards: Rewards, *parts, **op
                     reason = f"{distance}, more than {limit:.3f} (see --max-gap): these rollouts are not the policy's"
                     raise Stop(f"step {self.state.global_step}: {reason}, and nothing was learnt from them")
             return output
+
+        def _prepare_inputs(self, generation_batch):
+            before = self._buffered_inputs
+            inputs = super()._prepare_inputs(generation_batch)
+            if self._buffered_inputs is not before:
+                self._buffered_inputs = of_like_length(self._buffered_inputs, self.args.gradient_accumulation_steps)
+                inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
+            return inputs
 
         def _get_per_token_logps_and_entropies(
             self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **options

@@ -179,7 +179,7 @@ class Stage:
         self.path = run / "stages" / f"{name}.json"
         text = from_checkout(json.dumps(settings, ensure_ascii=False, default=str))
         self.settings = json.loads(text)  # as they will be read back
-        old = json.loads(from_checkout(read_text(self.path))) if self.path.is_file() else None
+        old = read_summary(run / "stages", name)
         present = [output for output in outputs if (run / output).exists()]
         same = bool(old) and old["settings"] == self.settings
         self.done = same and old["done"] and len(present) == len(outputs)
@@ -222,8 +222,7 @@ class Stage:
 
 def unfinished(run: Path, stage: str) -> bool:
     """Whether the run folder has begun this stage and not ended it."""
-    path = run / "stages" / f"{stage}.json"
-    return path.is_file() and not json.loads(path.read_text(encoding="utf-8"))["done"]
+    return not read_summary(run / "stages", stage).get("done", True)
 
 
 def write_summary(args: argparse.Namespace, name: str, started: float, figures: dict) -> None:
@@ -242,6 +241,9 @@ def write_summary(args: argparse.Namespace, name: str, started: float, figures: 
 
 
 def read_summary(run: Path, name: str) -> dict:
-    """What write_summary wrote, or {} where that script has not run."""
+    """What write_summary wrote, or {} where that script has not run; for stages too."""
     path = run / f"{name}.json"
-    return json.loads(read_text(path)) if path.is_file() else {}
+    try:
+        return json.loads(from_checkout(read_text(path))) if path.is_file() else {}
+    except ValueError:
+        fail(f"{path}: half of it is missing, as after a full disk or a copy that broke off; delete it and run again")

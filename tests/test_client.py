@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from asking import GOOD, KEY, SAMPLES, SLOTS, ask, ledger, loopback_server, quick_clock  # noqa: F401 - two fixtures
-from endpoint import Reply, Served, chat, raw, settings, status
+from endpoint import TOKENS, Reply, Served, chat, endpoint, raw, settings, status
 
 from common.answers import Points, Verdict
 from common.client import Client, gather_or_unusable
@@ -25,7 +26,7 @@ from common.run_folder import ROOT
     [
         (status(500), "HTTP 500", 5), (status(429), "rate limit", 31), (Reply(drop=0), "connection", 5),
         (replace(GOOD, drop=9), "connection", 5),
-        (status(400), "HTTP 400", 2), (raw({"error": {"message": "busy"}}), "HTTP 500", 5), (raw({}), "no choice", 3),
+        (status(400), "HTTP 400", 3), (raw({"error": {"message": "busy"}}), "HTTP 500", 5), (raw({}), "no choice", 3),
         (chat(""), "empty", 3), (chat(None), "empty", 3), (chat(None, refusal="不行"), "refusal", 3),
         (chat('{"reason": "好", "verdict": 1}', "length"), "cut at the token limit", 2),
         (chat('{"reason": "好", "verdict": 1}', "content_filter"), "content filter", 1),
@@ -73,6 +74,8 @@ REFUSED = {  # a case -> (what the endpoint looks at, the value that it takes, h
     "enum": ("response_format", None, status(400, "an enum may hold strings only (TYPE_STRING), not 0")),
 }
 
+NAMELESS = {"system", "roles", "template", "spaced", "grammar", "enum"}  # no part of a request is named: refused twice
+
 
 def picky(*cases: str) -> Callable[[dict], Reply]:
     """An endpoint that refuses, in turn, what these cases say."""
@@ -93,20 +96,21 @@ def test_what_an_endpoint_refuses_is_learnt_once_and_told_once(
 ) -> None:
     server.replies[:] = [picky(case)]
     assert [v.verdict for v in ask(server.url, tmp_path, *SAMPLES, concurrency=1, attempts=1)] == [1] * 12
-    assert len(server.asked) == 13
+    asked = 13 + (case in NAMELESS)
+    assert len(server.asked) == asked
     assert capsys.readouterr().err.count(f"detector: takes no {REFUSED[case][0]}: ") == 1
     first, last = server.asked[0], server.asked[-1]
     changed = {name for name in first.keys() | last.keys() if first.get(name) != last.get(name)} - {"seed"}
     assert changed <= {REFUSED[case][0], "max_completion_tokens", "messages"}, "the rest is sent as before"
     server.replies[:] = [GOOD]
-    assert ask(server.url, tmp_path, *SAMPLES)[0].verdict == 1 and len(server.asked) == 13  # from what was paid for
+    assert ask(server.url, tmp_path, *SAMPLES)[0].verdict == 1 and len(server.asked) == asked  # from what was paid for
 
 
 def test_several_things_that_are_refused_are_learnt_one_after_another(server: Served, tmp_path: Path) -> None:
     server.replies[:] = [picky("grammar", "max_tokens", "temperature", "seed", "system")]
     ask(server.url, tmp_path, *SAMPLES, concurrency=1, attempts=1)
     last = server.asked[-1]
-    assert len(server.asked) == 12 + 5 and last.keys() == {"model", "messages", "max_completion_tokens"}
+    assert len(server.asked) == 12 + 5 + 2 and last.keys() == {"model", "messages", "max_completion_tokens"}
     assert last["max_completion_tokens"] == 1024 and [m["role"] for m in last["messages"]] == ["user"]
     texts = [message["content"] for message in render("detector", **SLOTS)]
     assert last["messages"][0]["content"] == "\n\n".join(texts)
@@ -125,7 +129,24 @@ def test_a_schema_that_one_role_alone_may_not_have_is_left_out(server: Served, t
             return [points, await client.ask("judge", Verdict, positive=[], negative=[], **slots)]
 
     points, verdict = asyncio.run(asking())
-    assert (points.points, verdict.verdict, len(server.asked)) == ([], 1, 3)
+    assert (points.points, verdict.verdict, len(server.asked)) == ([], 1, 4)
+
+
+@pytest.mark.parametrize("words", ["Bad request", "System error, try again", ""])
+@pytest.mark.parametrize("code", [400, 422])
+def test_a_chance_refusal_that_names_nothing_changes_no_request(
+    server: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str], code: int, words: str
+) -> None:
+    chance = status(code, words)
+    for run, replies in enumerate(([chance], [chance, chance, status(500)])):  # the last: the changed one is not taken
+        server.asked.clear()
+        server.replies[:] = [*replies, GOOD]
+        verdicts = ask(server.url, tmp_path / str(run), *SAMPLES, concurrency=1, attempts=2)
+        assert [v.verdict for v in verdicts] == [1] * 12 and len(server.asked) == 12 + len(replies)
+        assert server.asked[0] == server.asked[1]
+        for request in server.asked[len(replies) :]:
+            assert request.keys() == server.asked[0].keys() and request["messages"][0]["role"] == "system"
+    assert "takes no" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("wrong", [0, 5], ids=["first", "later"])
@@ -137,8 +158,9 @@ def test_a_question_that_is_refused_for_itself_changes_nothing_for_others(
     questions = [{"response": "蓝鲸" if n == wrong else f"第{n}"} for n in range(8)]
     answers = ask_on(server.url, tmp_path, *questions)
     assert [n for n, answer in enumerate(answers) if isinstance(answer, Unusable)] == [wrong]
-    assert len(server.asked) == (8 if wrong else 9)  # the first question is tried without a schema too
-    assert sum("response_format" in request for request in server.asked) == 8
+    # The first question is asked twice as it is, and then without a schema.
+    assert len(server.asked) == (8 if wrong else 10)
+    assert sum("response_format" in request for request in server.asked) == (8 if wrong else 9)
 
 
 def test_a_refusal_of_what_was_not_sent_is_the_end(server: Served, tmp_path: Path) -> None:
@@ -181,7 +203,7 @@ def test_where_every_question_fails_alike_the_run_stops_with_the_endpoints_words
     server.replies[:] = [reply]
     many = [{"sample": n} for n in range(60)]
     assert "tenant unknown" in stopped(capsys, server.url, tmp_path, *many, concurrency=2, attempts=2)
-    assert len(server.asked) <= 20
+    assert len(server.asked) <= 30
 
 
 def test_it_goes_on_where_the_role_was_answered_before_or_failures_differ(server: Served, tmp_path: Path) -> None:
@@ -260,7 +282,7 @@ def test_a_question_that_failed_is_not_asked_again_by_its_twin(server: Served, t
             asking = (client.ask("detector", Verdict, **SLOTS) for _ in range(2))
             return await asyncio.gather(*asking, return_exceptions=True)
 
-    assert [str(e) for e in asyncio.run(twice())] == ["HTTP 400"] * 2 and len(server.asked) == 2
+    assert [str(e) for e in asyncio.run(twice())] == ["HTTP 400"] * 2 and len(server.asked) == 3
 
 
 def test_a_budget_stops_the_run_and_keeps_what_was_bought(
@@ -273,6 +295,17 @@ def test_a_budget_stops_the_run_and_keeps_what_was_bought(
         line = capsys.readouterr().err
         assert end.value.code == 2 and line.count("\n") == 1 and "--budget" in line and len(server.asked) == calls
     assert len(ask(server.url, tmp_path, *SAMPLES, budget=1e9)) == len(server.asked) == 12
+
+
+@pytest.mark.parametrize(("usage", "told", "asked"), [({}, "--budget", 3), ({"usage": None}, "no usage", 1)])
+@pytest.mark.parametrize("ending", ["length", "content_filter"])
+def test_a_budget_counts_what_came_in_vain(
+    server: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str], ending: str, usage: dict, told: str, asked: int
+) -> None:
+    server.replies[:] = [raw(json.loads(chat("", ending).body) | usage)]
+    assert told in stopped(capsys, server.url, tmp_path, *SAMPLES, budget=3 * sum(TOKENS))
+    assert len(server.asked) == asked
+    assert ledger(tmp_path)["input_tokens"] == (0 if usage else asked * TOKENS[0])
 
 
 @pytest.mark.parametrize("drip", [0.0, 0.02])
@@ -310,10 +343,43 @@ def test_a_wrong_key_or_address_shows_before_the_work(
 ) -> None:
     server.models = status(401, f"told to fail, and to repeat {KEY}")
     with pytest.raises(SystemExit) as end:
-        ask(url or server.url, tmp_path)
+        ask(url or server.url, tmp_path, wait=None)
     line = capsys.readouterr().err
     assert end.value.code == 2 and line.count("\n") == 1 and not server.asked and KEY not in line
     assert (url or server.url) in line and remedy in line
+
+
+@pytest.mark.parametrize("code", [502, 503])
+def test_a_server_that_loads_its_model_is_waited_for_and_costs_no_attempt(
+    server: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str], code: int
+) -> None:
+    server.replies[:] = [status(code, "Loading model")] * 9 + [GOOD]
+    assert ask(server.url, tmp_path, wait=600, attempts=1)[0].verdict == 1
+    assert capsys.readouterr().err == f"agents: HTTP {code}: waiting 600 s for {server.url} (Loading model)\n"
+    # Not longer than --wait; and once it has answered, it is the question that fails.
+    server.replies[:] = [status(code, "Loading model")]
+    assert "come back within --wait 60 s" in stopped(capsys, server.url, tmp_path, {"sample": 1}, wait=60, attempts=1)
+    server.replies[:] = [GOOD, status(code, "Loading model")]
+    server.asked.clear()
+    answers = ask_on(server.url, tmp_path, *SAMPLES[2:4], wait=600, attempts=2)
+    assert (answers[0].verdict, str(answers[1]), len(server.asked)) == (1, f"HTTP {code}", 3)
+
+
+def test_an_endpoint_that_is_still_to_start_is_waited_for_where_wait_is_given(server: Served, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    async def asking() -> Verdict:
+        args = settings(f"http://127.0.0.1:{port}/v1", run=tmp_path, wait=1e6, attempts=1)
+        async with Client(args, "03") as client:
+            question = asyncio.ensure_future(client.ask("detector", Verdict, **SLOTS))
+            while not client.reasons_told and not question.done():
+                await asyncio.sleep(1)
+            with endpoint(GOOD, port=port):
+                return await question
+
+    assert asyncio.run(asking()).verdict == 1 and ledger(tmp_path)["outcomes"] == {"ok": 1}
 
 
 def test_a_refused_key_is_what_is_heard_whatever_else_failed(server: Served, tmp_path: Path) -> None:

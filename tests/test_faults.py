@@ -220,10 +220,15 @@ def test_one_greeting_that_fails_leaves_its_neighbours_alone(
     done = curate(run, candidates, server.url, "--attempts", 2, "--timeout", 1.5 if reply is HANG else 30)
     for_good = reason in ("content filter", "HTTP 403")  # another call would bring the same
     assert done.returncode == (0 if for_good else 3) and ("run again" in done.stdout) != for_good, done.stdout
+    refused = f"the endpoint refuses these as they are, in its words above: {reason}\n" in done.stdout
+    assert refused == (reason in ("HTTP 400", "HTTP 413")), done.stdout
     assert "1 judgements failed" in done.stdout and not errors(done), done.stderr
     asked = [r for r in server.asked if "蓝鲸" in r["messages"][-1]["content"]]
-    tried = [r for r in asked if "response_format" not in r]  # where neither side had been answered yet
-    assert len(asked) - len(tried) == 2 * requests and len(tried) <= 2 * (reason == "HTTP 400")  # Positive and Negative
+    # Where neither side had been answered yet, it is asked twice as it is, and then without a schema.
+    tried = [r for r in asked if "response_format" not in r]
+    assert len(asked) - 2 * len(tried) == 2 * requests and len(tried) <= 2 * (
+        reason == "HTTP 400"
+    )  # Positive and Negative
     judged = {row["response"]: row for row in lines(run / "judgements.jsonl")}
     spoilt = judged.pop("愿你这一路都有蓝鲸相伴。")
     assert spoilt["error"] == reason and spoilt["label"] is None

@@ -94,6 +94,33 @@ def test_a_pass_is_no_wider_than_its_rows(trainer, monkeypatch: pytest.MonkeyPat
     assert widths == [(32, 8), (32, 16)]
 
 
+def test_the_batches_of_an_update_hold_rows_of_like_length(trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = [9, 2, 8, 1, 7, 3, 6, 4]  # two updates of two batches of two rows
+
+    def rows(first: int, last: int) -> dict:
+        mask = torch.tensor([[1] * length + [0] * (9 - length) for length in lengths[first:last]])
+        own = {"prompt_mask": torch.ones(last - first, 3), "completion_mask": mask, "advantages": mask.sum(1) * 1.0}
+        return own | {"num_items_in_batch": torch.tensor(40), "ref_per_token_logps": None}
+
+    def prepare(self, inputs):
+        self._buffered_inputs = self._buffered_inputs or [rows(at, at + 2) for at in (0, 2, 4, 6)]
+        return self._buffered_inputs[self._step % 4]
+
+    monkeypatch.setattr(type(trainer).__mro__[1], "_prepare_inputs", prepare)
+    monkeypatch.setattr(trainer, "_buffered_inputs", None)
+    monkeypatch.setattr(trainer, "_step", 0)
+    monkeypatch.setattr(trainer.args, "gradient_accumulation_steps", 2)
+    monkeypatch.setattr(trainer.args, "steps_per_generation", 4)
+    seen = []
+    for step in range(4):
+        trainer._step = step
+        batch = trainer._prepare_inputs([])
+        assert batch["completion_mask"].sum(1).tolist() == batch["advantages"].tolist()
+        assert batch["num_items_in_batch"] == 40 and batch["ref_per_token_logps"] is None
+        seen.append(batch["advantages"].tolist())
+    assert seen == [[1, 2], [8, 9], [3, 4], [6, 7]]
+
+
 @pytest.mark.parametrize(
     ("before", "limit"),
     [

@@ -339,6 +339,27 @@ def test_a_stage_whose_outputs_were_lost_is_not_done_until_it_is_finished_again(
     assert not reopen(tmp_path).done
 
 
+@pytest.mark.parametrize("keep", [0, 1, 40, -1])
+def test_a_torn_json_file_of_a_run_folder_is_one_line_that_names_it(
+    tmp_path: Path, refusal: Refusal, keep: int
+) -> None:
+    make_stage(tmp_path)
+    args = argparse.Namespace(run=tmp_path, seed=3, flag_groups={})
+    run_folder.write_summary(args, "09_summary", 0.0, {"pairs": 5})
+    stage, summary = tmp_path / "stages/01_step.json", tmp_path / "09_summary.json"
+    for path in (stage, summary):
+        path.write_bytes(path.read_bytes().strip()[:keep])
+    before = tree(tmp_path)
+    for path, read_it in (
+        (stage, lambda: reopen(tmp_path, redo=True)),
+        (stage, lambda: run_folder.unfinished(tmp_path, "01_step")),
+        (summary, lambda: run_folder.read_summary(tmp_path, "09_summary")),
+    ):
+        line = refusal(read_it)
+        assert str(path) in line and "delete it" in line, line
+    assert tree(tmp_path) == before
+
+
 def test_a_terminal_that_knows_no_emoji_ends_no_run() -> None:
     code = "from common.run_folder import launch; launch(lambda args: print('平安 🎉 \\ud83d'), None)"
     environment = os.environ | {"PYTHONIOENCODING": "gbk"}

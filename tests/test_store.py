@@ -85,6 +85,25 @@ def test_an_answer_without_full_usage_is_taken(server: Served, tmp_path: Path, u
     assert ledger(tmp_path)["output_tokens"] == 0
 
 
+@pytest.mark.parametrize(
+    ("usage", "tokens"),
+    [
+        ({"prompt_tokens": "11", "completion_tokens": "7"}, (11, 7)),
+        ({"prompt_tokens": 11.0, "completion_tokens": 7.0, "total_tokens": 18.0}, (11, 7)),
+        ({"prompt_tokens": "11", "total_tokens": 18}, (11, 7)),
+        ({"prompt_tokens": None, "completion_tokens": "many", "total_tokens": [18]}, (0, 0)),
+        ({"prompt_tokens": -11, "completion_tokens": 7}, (0, 7)),
+        ({"prompt_tokens": 1e300, "completion_tokens": 10**40, "total_tokens": {}}, (0, 0)),
+    ],
+)
+def test_counts_in_any_spelling_are_booked_and_what_is_no_number_is_none(
+    server: Served, tmp_path: Path, usage: dict, tokens: tuple[int, int]
+) -> None:
+    server.replies[:] = [raw(json.loads(GOOD.body) | {"usage": usage})]
+    assert ask(server.url, tmp_path)[0].tokens == tokens and len(server.asked) == 1
+    assert (ledger(tmp_path)["input_tokens"], ledger(tmp_path)["output_tokens"]) == tokens
+
+
 @pytest.mark.parametrize("usage", [None, {}, {"input_tokens": 5}])
 def test_a_budget_that_cannot_be_kept_stops_the_run_at_the_first_answer(
     server: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str], usage: dict | None

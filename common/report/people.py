@@ -79,6 +79,7 @@ def read_ratings(args: argparse.Namespace, rows: list[dict]) -> list[Rating]:
     """
     ids = {rating_id(row): row["id"] for row in stats.where(rows, "sample", 0)}
     ratings: list[Rating] = []
+    first = {}  # rater -> the first file with ratings of theirs
     for file in args.annotations:
         saved = records.read(file, Rating, "annotate.html", unique=False)
         known = [rating for rating in saved if rating.id in ids or {rating.one, rating.other} <= ids.keys()]
@@ -87,6 +88,9 @@ def read_ratings(args: argparse.Namespace, rows: list[dict]) -> list[Rating]:
             run_folder.fail(f"{file}: rated on the page of another run; {remedy}")
         if gone := len(saved) - len(known):
             print(f"{file}: this run has not the greetings of {gone} ratings: they do not count", file=sys.stderr)
+        for rater in dict.fromkeys(rating.rater for rating in known):
+            if first.setdefault(rater, file) != file:
+                print(f"{file}: {rater} is in {first[rater]} too: if they are two people, rename one", file=sys.stderr)
         ratings += known
     last = {}
     for rating in sorted(ratings, key=lambda rating: (rating.finished, rating.time)):
