@@ -15,6 +15,7 @@ from conftest import ROOT, lines, run_script
 from common.offline.tiny_model import LAYERS
 
 pytest.importorskip("vllm", reason="vLLM is not installed; .ci/run installs its CPU build")
+REAL = os.environ.get("REAL_MODEL")  # a folder with pretrained weights
 GAP = "sampling/sampling_logp_difference/mean"
 SMALL = ["--queries-per-step", 8, "--mini-batch", 8, "--samples", 4, "--micro-batch", 32, "--max-tokens", 24]
 
@@ -29,25 +30,25 @@ def step_4(*args: object) -> subprocess.CompletedProcess:
     return subprocess.run(command(*args), cwd=ROOT, capture_output=True, text=True, timeout=550)
 
 
+def sft_run(folder: Path, rows: int, *flags: object) -> Path:
+    """A run folder with a policy that has learnt from the first references."""
+    folder.mkdir(parents=True)
+    version = {"principles": ["读来通顺。"], "accepted": True, "version": 0}
+    (folder / "principles.jsonl").write_text(json.dumps(version) + "\n", encoding="utf-8")
+    with (folder / "sft.jsonl").open("w", encoding="utf-8") as file:
+        for row in lines(ROOT / "data/references.jsonl")[:rows]:
+            sides = {"prompt": [{"role": "user", "content": f"请只生成一条祝福语：{row['query']}"}],
+                     "completion": [{"role": "assistant", "content": row["response"]}]}  # fmt: skip
+            file.write(json.dumps(sides, ensure_ascii=False) + "\n")
+    done = run_script("04_grpo.py", "--offline", "--run", folder, "--sft-epochs", 1, "--reward", "none", *flags)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
 @pytest.fixture(scope="module")
 def sft(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """Bits -> a run folder with an SFT policy."""
-    rows = (ROOT / "data/references.jsonl").read_text(encoding="utf-8").splitlines()[:96]
-    folders = {}
-    for bits in (4, 16):
-        folders[bits] = folder = tmp_path_factory.mktemp("sft") / "run"
-        folder.mkdir()
-        version = {"principles": ["读来通顺。"], "accepted": True, "version": 0}
-        (folder / "principles.jsonl").write_text(json.dumps(version) + "\n", encoding="utf-8")
-        with (folder / "sft.jsonl").open("w", encoding="utf-8") as file:
-            for row in map(json.loads, rows):
-                sides = {"prompt": [{"role": "user", "content": f"请只生成一条祝福语：{row['query']}"}],
-                         "completion": [{"role": "assistant", "content": row["response"]}]}  # fmt: skip
-                file.write(json.dumps(sides, ensure_ascii=False) + "\n")
-        flags = ["--offline", "--run", folder, "--bits", bits, "--sft-epochs", 1, "--reward", "none"]
-        done = run_script("04_grpo.py", *flags)
-        assert done.returncode == 0, done.stderr
-    return folders
+    return {bits: sft_run(tmp_path_factory.mktemp("sft") / "run", 96, "--bits", bits) for bits in (4, 16)}
 
 
 @pytest.fixture
@@ -107,6 +108,19 @@ def test_an_engine_with_another_policy_stops_the_run(folder: Path, injected: str
     assert not (folder / "policy_judge").exists()
     if injected == "never_sent":
         assert not (folder / "metrics_judge.jsonl").exists()  # no update was made
+
+
+@pytest.mark.skipif(not REAL, reason="REAL_MODEL names no folder with pretrained weights")
+def test_real_weights_too_are_told_from_the_original_base(tmp_path: Path) -> None:
+    folder = sft_run(tmp_path / "run", 32, "--bits", 4, "--policy", REAL)
+    original = tmp_path / "original"
+    shutil.copytree(folder, original)
+    few = ["--policy", REAL, "--queries-per-step", 4, "--mini-batch", 4, "--micro-batch", 8, "--watch-every", 0]
+    done = step_4(folder, "as_is", 4, "--steps", 3, *few)
+    assert done.returncode == 0, done.stderr
+    print("gaps of real weights in 4 bits:", gaps(folder))
+    done = step_4(original, "original_base", 4, "--steps", 3, *few)
+    assert done.returncode == 2 and "these rollouts are not the policy's" in done.stderr, done.stderr
 
 
 def engine(mode: str):

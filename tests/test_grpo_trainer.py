@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from common.grpo_trainer import GAP_NOISE, PASS, gap_limit, grpo_trainer
+from common.grpo_trainer import GAP_NOISE, PASS, gap_limit, grpo_trainer, pass_sizes
 from common.offline.tiny_model import tiny_policy
 from common.policy import load_policy, lora, save_adapter, silence_libraries
 
@@ -92,6 +92,20 @@ def test_a_pass_is_no_wider_than_its_rows(trainer, monkeypatch: pytest.MonkeyPat
     with torch.no_grad():
         trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, 20)
     assert widths == [(32, 8), (32, 16)]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "sizes"),
+    [
+        ([], []),
+        ([7, 7, 7, 7, 7], [4, 1]),  # no more rows than asked for
+        ([5, 6, 7, 8], [4]),  # 6 tokens of padding are fewer than 10
+        ([5, 6, 7, 12, 12], [3, 2]),  # 18 would be more
+        ([5, 90], [1, 1]),
+    ],
+)
+def test_a_long_row_does_not_widen_a_pass_of_short_ones(lengths: list[int], sizes: list[int]) -> None:
+    assert pass_sizes(lengths, 4, 10) == sizes
 
 
 def test_the_batches_of_an_update_hold_rows_of_like_length(trainer, monkeypatch: pytest.MonkeyPatch) -> None:
