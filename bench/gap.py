@@ -64,7 +64,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "outputs/bench_gpu")
     parser.add_argument("--row", choices=ROWS, help="this one alone")
     parser.add_argument("--policy", type=Path, help="a folder with a model, instead")
-    parser.add_argument("--bits", type=int, choices=(4, 16), default=4, help="of its weights (%(default)s)")
     args = parser.parse_args()
     import torch
 
@@ -80,7 +79,7 @@ def main() -> None:
     write_data(folder, 40)
     version = {"principles": ["读来通顺。"], "accepted": True, "version": 0}
     (folder / "principles.jsonl").write_text(json.dumps(version, ensure_ascii=False) + "\n", encoding="utf-8")
-    common = ["--offline", "--policy", policy, "--bits", args.bits]
+    common = ["--offline", "--policy", policy, "--bits", 4]
     run("04_grpo.py", "--reward", "none", "--sft-epochs", 0.2, "--run", folder, *common)  # once
     flags = ["--reward", "judge", "--engine", "vllm", "--watch-every", 0, "--steps", 4, *SMALL]
     flags += ["--max-tokens", length, "--queries", folder / "queries.jsonl", "--max-gap", 9]
@@ -101,7 +100,7 @@ def main() -> None:
             values = [step[name] for step in steps[1:] if name in step]  # the first step compiles kernels
             report[row][name] = sum(values) / len(values)
         path.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"{machine}, {policy.name}, {args.bits} bits, at most {length} tokens each, after the first of four steps\n")
+    print(f"{machine}, {policy.name}, 4 bits, completions of at most {length} tokens, after the first of four steps\n")
     print("| run | gap, mean | gap, largest token | importance ratio, mean | sync, s | step, s |")
     print("|---|---|---|---|---|---|")
     for row, title in ROWS.items():

@@ -4,8 +4,8 @@
     python bench/step.py --sweep --policy DIR        # learning rates; a sweep that was stopped goes on from there
 
 Stock and ours are one trainer with one model, settings and rollouts: only what common/grpo_trainer.py overrides of the
-passes is TRL's own or ours. Commit f7aa587 had TRL's own, and a base in fp32 on a CPU; without an fp32 head, which is
-noise there. The rollouts are the policy's, padded as TRL pads. Nothing is learnt from them: the gradients are dropped.
+passes is TRL's own or ours. Commit f7aa587 had TRL's own, and on a CPU a base in fp32, head included. The rollouts are
+the policy's, padded as TRL pads. Nothing is learnt from them: the gradients are dropped.
 
 The sweep runs 04_grpo.py from one SFT adapter, each rate in a folder of its own, rewarded by the rule-based critic.
 """

@@ -21,7 +21,7 @@ NO_MONEY = (
 )
 NO_MONEY += "used all available credits|spending limit|exceeded_current_quota|billing_(error|hard|not)|余额不足|欠费"
 # What an endpoint says of a text that it does not want to read.
-UNWANTED = "content.?filter|content exists risk|data_inspection|sensitive|敏感|ResponsibleAI"
+UNWANTED = "content.?filter|content exists risk|data_inspection|(?<!case[ -])sensitive|敏感|ResponsibleAI"
 # What an endpoint may refuse in a request, by the name that it uses.
 REFUSABLE = ("response_format", "max_tokens", "temperature", "seed", "logprobs", "system")
 

@@ -31,6 +31,9 @@ from common.run_folder import ROOT
         (chat('{"reason": "好", "verdict": 1}', "length"), "cut at the token limit", 2),
         (chat('{"reason": "好", "verdict": 1}', "content_filter"), "content filter", 1),
         (replace(raw({"error": {"code": "content_filter", "message": "not this"}}), status=400), "content filter", 1),
+        (status(400, "Content Exists Risk"), "content filter", 1),
+        (status(403, "sensitive words"), "content filter", 1),
+        (status(400, "names are case-sensitive"), "HTTP 400", 3),
     ],
 )  # fmt: skip
 def test_no_answer_is_unusable(server: Served, tmp_path: Path, reply: Reply, reason: str, requests: int) -> None:
@@ -225,6 +228,8 @@ def refuses(status_code: int, **error: object) -> Reply:
         refuses(403, message="AccountOverdueError"), refuses(429, message="余额不足或无可用资源包", code="1113"),
         refuses(400, message="Access denied", type="Arrearage"), refuses(200, message="no credits", code=402),
         refuses(200, message="pay in first", type="insufficient_quota"),
+        refuses(429, message="You have used all available credits"), refuses(403, message="spending limit reached"),
+        refuses(429, message="your balance is insufficient"),
     ],
 )  # fmt: skip
 def test_an_empty_account_stops_the_run(
