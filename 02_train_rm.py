@@ -34,7 +34,15 @@ from typing import NamedTuple
 from common import records, run_folder, stats, trainers
 from common.endpoint import add_endpoint_flags
 from common.memory import peak_gib
-from common.policy import add_policy_flags, load_base, load_tokenizer, lora, policy_path, silence_libraries
+from common.policy import (
+    add_policy_flags,
+    load_base,
+    load_tokenizer,
+    lora,
+    multiplies_in_bf16,
+    policy_path,
+    silence_libraries,
+)
 from common.records import Preference
 from common.reward_model import RewardModel, compute_in_fp32
 from common.spoilt import SPOILERS, Pairs, attacked_texts, derived_pairs
@@ -245,7 +253,7 @@ def train(args: argparse.Namespace, pairs: Pairs, passes: float, stop: Pairs, ba
         # Batches of like length waste less on padding. The sampler finds the lengths in a column that TRL would remove.
         train_sampling_strategy="group_by_length", remove_unused_columns=False,
         pad_to_multiple_of=16,  # every new shape costs a CPU's kernels a compilation
-        **{**trainers.trainer_settings(model), "bf16": True},
+        **{**trainers.trainer_settings(model), "bf16": multiplies_in_bf16()},
     )  # fmt: skip
     bar = trainers.progress_callback("reward model", ["loss", "accuracy", "eval_loss"])
     trainer = FiniteRewardTrainer(
