@@ -38,7 +38,15 @@ from common import hard, records, rounds, run_folder, stats, trainers
 from common.endpoint import add_endpoint_flags
 from common.memory import peak_gib
 from common.pairs import Split, split_pairs
-from common.policy import add_policy_flags, load_base, load_tokenizer, lora, policy_path, silence_libraries
+from common.policy import (
+    add_policy_flags,
+    load_base,
+    load_tokenizer,
+    lora,
+    multiplies_in_bf16,
+    policy_path,
+    silence_libraries,
+)
 from common.reward_model import RewardModel, compute_in_fp32
 from common.search import bought
 from common.spoilt import FAMILIES, Pairs, attacked_texts, derived_pairs
@@ -204,7 +212,7 @@ def train(
         # Batches of like length waste less on padding. The sampler finds the lengths in a column that TRL would remove.
         train_sampling_strategy="group_by_length", remove_unused_columns=False,
         pad_to_multiple_of=16,  # every new shape costs a CPU's kernels a compilation
-        **{**trainers.trainer_settings(model), "bf16": True},
+        **{**trainers.trainer_settings(model), "bf16": multiplies_in_bf16()},
     )  # fmt: skip
     bar = trainers.progress_callback("reward model", ["loss", "accuracy", "eval_loss"])
     trainer = FiniteRewardTrainer(

@@ -15,7 +15,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.policy import MAX_PROMPT, from_pretrained, generate, load_policy, load_tokenizer, save_adapter
+from common.policy import (
+    MAX_PROMPT,
+    compute_dtype,
+    from_pretrained,
+    generate,
+    load_policy,
+    load_tokenizer,
+    save_adapter,
+)
 from common.records import Messages
 from common.run_folder import ROOT, Stop, digest, fail
 
@@ -42,8 +50,8 @@ def choose_engine(args: argparse.Namespace) -> None:
 def rollout_base(base: str, bits: int) -> str:
     """The folder of the weights that a trainer on this base really multiplies by: what the engine has to serve.
 
-    In 4 bits that is not the checkpoint but its NF4 weights, dequantised to bf16. They are written once, into
-    outputs/dequantised/, and reused.
+    In 4 bits that is not the checkpoint but its NF4 weights, dequantised to what the trainer computes in. They are
+    written once, into outputs/dequantised/, and reused.
     """
     if bits != 4:
         return base
@@ -53,7 +61,8 @@ def rollout_base(base: str, bits: int) -> str:
 
     revision = getattr(from_pretrained(AutoConfig, base), "_commit_hash", None)
     files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in Path(base).glob("*.*"))
-    folder = DEQUANTISED / digest(base, revision, files, bitsandbytes.__version__)
+    dtype = compute_dtype(base, bits)
+    folder = DEQUANTISED / digest(base, revision, files, bitsandbytes.__version__, str(dtype))
     if folder.is_dir():
         return str(folder)
     DEQUANTISED.mkdir(parents=True, exist_ok=True)
@@ -62,7 +71,7 @@ def rollout_base(base: str, bits: int) -> str:
             shutil.rmtree(left)
     scratch = Path(tempfile.mkdtemp(dir=DEQUANTISED))
     model, tokenizer = load_policy(base, 4)
-    model.dequantize().to(torch.bfloat16).save_pretrained(scratch)
+    model.dequantize().to(dtype).save_pretrained(scratch)
     tokenizer.save_pretrained(scratch)
     try:
         scratch.rename(folder)
@@ -92,7 +101,7 @@ def engine_class(base: str, bits: int, rank: int, seed: int) -> type:
     if not room:
         fail(f"--rank {rank}: vLLM serves adapters of rank {ENGINE_RANKS[-1]} at most")
     settings = {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": room[0]}
-    settings |= {"dtype": "bfloat16" if cuda or bits == 4 else "float32", "enforce_eager": not cuda}
+    settings |= {"dtype": compute_dtype(base, bits), "enforce_eager": not cuda}
     settings |= {"model": rollout_base(base, bits), "quantization": None}  # TRL's own would quantise the base again
     # Without a seed vLLM sets every generator of the process to 0. The head is in fp32 here as in the trainer.
     settings |= {"seed": seed, "hf_overrides": {"head_dtype": "float32"}}

@@ -60,6 +60,47 @@ def of_like_length(batches: list[dict], passes: int) -> list[dict]:
     return ordered
 
 
+def log_probabilities(trainer, model, ids, mask, width: int, most: int):
+    """(log-probabilities, entropies), both (rows, width), of the last `width` tokens of each row: its completion.
+
+    `ids` and `mask` are (rows, columns), prompts padded on the left, completions on the right. A prompt is computed
+    once for all of its completions, and a pass is no wider than its own longest row (trl#7179). Where activations are
+    computed again, as on a GPU, the backward pass cannot go through a cache: there each row brings its prompt.
+    """
+    import torch
+    from torch.nn.functional import pad
+    from transformers import DynamicCache
+
+    begin, prompts_end = int(mask.any(0).nonzero()[0]), ids.shape[1] - width
+    shared = not (torch.is_grad_enabled() and trainer.args.gradient_checkpointing)
+    if shared:
+        read = prompts_end - 1  # a prompt's last token predicts the first of its completion
+        prompts = torch.stack([ids, mask], 1)[:, :, begin:read]
+        prompts, prompt_of = prompts.unique(dim=0, return_inverse=True)
+        with trainer.accelerator.autocast():
+            first = model(input_ids=prompts[:, 0], attention_mask=prompts[:, 1], use_cache=True, logits_to_keep=1)
+    else:
+        read = begin
+    lengths, by_length = mask[:, read:].sum(1).sort()
+    logps, entropies = [], []
+    for rows in by_length.split(pass_sizes(lengths.tolist(), most, PADDING[ids.device.type])):
+        end = max(int(mask[rows].any(0).nonzero()[-1]) + 1, prompts_end + 1)
+        labels = ids[rows, read:end].masked_fill(mask[rows, read:end] == 0, -100)
+        labels[:, : prompts_end - read] = -100
+        inputs = {"input_ids": ids[rows, read:end], "attention_mask": mask[rows, begin:end], "labels": labels}
+        if shared:
+            mine = prompt_of[rows]
+            cache = [(layer.keys[mine], layer.values[mine]) for layer in first.past_key_values.layers]
+            inputs["past_key_values"] = DynamicCache(cache)
+        with trainer.accelerator.autocast():
+            outputs = model(**inputs, fused_lm_head=True)
+        missing = (0, ids.shape[1] - end)
+        logps.append(pad(outputs.log_probs[:, prompts_end - end :], missing))
+        entropies.append(pad(outputs.entropy[:, prompts_end - end :], missing))
+    order = by_length.argsort()
+    return torch.cat(logps)[order], torch.cat(entropies)[order]
+
+
 def untie_head(base) -> None:
     """Give a base whose head is its embeddings a head of its own: TRL can compute in fp32 with no other."""
     import torch
@@ -71,8 +112,6 @@ def untie_head(base) -> None:
 
 def grpo_trainer(args: argparse.Namespace, model, rewards: Rewards, *parts, **options):
     """The trainer of this policy with these rewards; the other parts are those of TRL's trainer."""
-    import torch
-    from torch.nn.functional import pad
     from trl import GRPOTrainer
     from trl.trainer.utils import RepeatSampler
 
@@ -119,24 +158,10 @@ def grpo_trainer(args: argparse.Namespace, model, rewards: Rewards, *parts, **op
             return inputs
 
         def _get_per_token_logps_and_entropies(
-            self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **options
+            self, model, ids, mask, width, batch_size=None, compute_entropy=False, **no_images
         ):
-            """TRL's, with rows of like length in one pass, and each pass cut to its own longest row (trl#7179)."""
-            prompt_width = input_ids.shape[1] - logits_to_keep
-            lengths, by_length = attention_mask.sum(1).sort()
-            sizes = pass_sizes(lengths.tolist(), min(batch_size or PASS, PASS), PADDING[input_ids.device.type])
-            logps, entropies = [], []
-            for rows in by_length.split(sizes):
-                used = attention_mask[rows].any(0).nonzero()
-                first, last = int(used[0]), max(int(used[-1]) + 1, prompt_width + 1)
-                inputs = input_ids[rows, first:last], attention_mask[rows, first:last], last - prompt_width
-                logp, entropy, _ = super()._get_per_token_logps_and_entropies(model, *inputs, **options)
-                missing = (0, input_ids.shape[1] - last)
-                logps.append(pad(logp, missing))
-                entropies.append(pad(entropy, missing) if entropy is not None else logp)
-            order = by_length.argsort()
-            entropies = torch.cat(entropies)[order] if options.get("compute_entropy") else None
-            return torch.cat(logps)[order], entropies, None
+            logps, entropies = log_probabilities(self, model, ids, mask, width, min(batch_size or PASS, PASS))
+            return logps, entropies if compute_entropy else None, None
 
     untie_head(model.get_base_model())
     return CheckedTrainer(model, rewards, *parts, **options)

@@ -102,18 +102,22 @@ def from_pretrained(kind, path: str, **options):
         fail(f"cannot load {path}: {reason}; name a folder or a hub model with --policy, or use --offline")
 
 
-def compute_dtype(path: str, bits: int):
-    """What a base computes in: bf16 on a GPU or in 4 bits, else fp32.
+def multiplies_in_bf16() -> bool:
+    """Whether bf16 is quicker here than fp32. A CPU without instructions for it is a hundred times slower in bf16."""
+    import torch
 
-    On a CPU that multiplies in bf16, in half the time, so do weights that are stored in 16 bits.
-    """
+    return torch.cuda.is_available() or bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+
+
+def compute_dtype(path: str, bits: int):
+    """What a base computes in: bf16 on a GPU; on a CPU that multiplies in it, if the weights have 4 or 16 bits."""
     import torch
     from transformers import AutoConfig
 
-    if torch.cuda.is_available() or bits == 4:
-        return torch.bfloat16
-    half = from_pretrained(AutoConfig, path).dtype in (torch.bfloat16, torch.float16)
-    return torch.bfloat16 if half and torch.cpu.get_capabilities().get("avx512_bf16") else torch.float32
+    if not multiplies_in_bf16():
+        return torch.float32
+    half = bits == 4 or from_pretrained(AutoConfig, path).dtype in (torch.bfloat16, torch.float16)
+    return torch.bfloat16 if half or torch.cuda.is_available() else torch.float32
 
 
 def load_base(kind, path: str, bits: int, **options):
@@ -121,13 +125,13 @@ def load_base(kind, path: str, bits: int, **options):
     import torch
     from transformers import BitsAndBytesConfig
 
-    cuda = torch.cuda.is_available()
+    cuda, dtype = torch.cuda.is_available(), compute_dtype(path, bits)
     if bits == 4:
-        nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+        nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
         # A classification head (`score`) is trained whole, so it cannot be in NF4.
         options["quantization_config"] = BitsAndBytesConfig(**nf4, llm_int8_skip_modules=["lm_head", "score"])
     device = {"": int(os.environ.get("LOCAL_RANK", 0))} if cuda else None
-    model = from_pretrained(kind, path, dtype=compute_dtype(path, bits), device_map=device, **options)
+    model = from_pretrained(kind, path, dtype=dtype, device_map=device, **options)
     for module in model.modules():
         # On a CPU bitsandbytes repacks the weights, in place, at the first pass in eval mode. A model trained after
         # that is another one: its log-probabilities are off by 0.23 per token.

@@ -54,16 +54,27 @@ def test_each_epoch_has_an_order_of_its_own_which_a_resumed_run_draws_too(traine
     assert all(sorted(set(drawn)) == list(range(8)) for drawn in orders)
 
 
+PROMPT, COMPLETION = 12, 20  # columns
+
+
+def some_rows() -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask) of more rows than a pass holds, four in turn with one prompt; prompts of 3 to 9 tokens."""
+    generator = torch.Generator().manual_seed(1)
+    rows = PASS + 5
+    ids = torch.randint(5, 300, (rows, PROMPT + COMPLETION), generator=generator)
+    mask = torch.zeros_like(ids)
+    for row in range(rows):
+        ids[row, :PROMPT] = ids[row - row % 4, :PROMPT]
+        mask[row, PROMPT - 3 - row // 4 % 7 : PROMPT + 1 + row % 17] = 1
+    return ids, mask
+
+
 @pytest.mark.parametrize("batch_size", [None, 3, 100])
 def test_a_pass_cut_to_its_longest_row_computes_the_same(trainer, batch_size: int | None) -> None:
     from trl import GRPOTrainer
 
-    generator = torch.Generator().manual_seed(1)
-    rows, prompt, completion = PASS + 5, 12, 20
-    ids = torch.randint(5, 300, (rows, prompt + completion), generator=generator)
-    mask = torch.zeros_like(ids)
-    for row in range(rows):  # prompts end at column 12, completions begin there
-        mask[row, prompt - 3 - row % 7 : prompt + 1 + row % 17] = 1
+    ids, mask = some_rows()
+    rows, prompt, completion = len(ids), PROMPT, COMPLETION
     with torch.no_grad():
         ours = trainer._get_per_token_logps_and_entropies(
             trainer.model, ids, mask, completion, batch_size=batch_size, compute_entropy=True
@@ -91,7 +102,28 @@ def test_a_pass_is_no_wider_than_its_rows(trainer, monkeypatch: pytest.MonkeyPat
     mask[:32, 10:26], mask[32:, 15:23] = 1, 1
     with torch.no_grad():
         trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, 20)
-    assert widths == [(32, 8), (32, 16)]
+    assert widths == [(2, 9), (32, 4), (32, 7)]  # two prompts without their last token, then what is read after that
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_are_those_of_trl(trainer, monkeypatch: pytest.MonkeyPatch, checkpointing: bool) -> None:
+    from trl import GRPOTrainer
+
+    ids, mask = some_rows()
+    monkeypatch.setattr(trainer.args, "gradient_checkpointing", checkpointing)
+    parts = [part for name, part in trainer.model.named_parameters() if "lora" in name and ".default." in name]
+    for part in parts:
+        monkeypatch.setattr(part, "requires_grad", True)
+    found = []
+    for function in (type(trainer), GRPOTrainer):
+        trainer.model.zero_grad()
+        logps = function._get_per_token_logps_and_entropies(trainer, trainer.model, ids, mask, COMPLETION)[0]
+        logps[mask[:, PROMPT:].bool()].sum().backward()
+        found.append([part.grad.clone() for part in parts])
+    trainer.model.zero_grad()
+    for mine, stock in zip(*found, strict=True):
+        assert torch.allclose(mine, stock, rtol=1e-3, atol=1e-3 * float(stock.abs().max()))
+        assert stock.abs().max() > 0
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from common.offline.flaws import flaws_of
 from common.offline.tiny_model import tiny_policy
 from common.policy import (
     check_adapter,
+    compute_dtype,
     find_policy,
     generate,
     load_base,
@@ -135,6 +136,15 @@ def test_on_a_cpu_a_base_computes_in_bf16_if_it_is_stored_in_16_bits_and_the_cpu
         assert {weight.dtype for weight in model.parameters()} == {loaded}
         for part in (model, get_peft_model(model, lora(4, task))):
             assert trainer_settings(part)["bf16"] == (loaded == torch.bfloat16)  # also with an adapter in fp32
+
+
+def test_without_a_gpu_or_instructions_for_bf16_everything_computes_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    base = str(tiny_policy())
+    for bits in (4, 16):
+        assert compute_dtype(base, bits) == torch.float32
+    assert load_base(AutoModelForCausalLM, base, 4).model.layers[0].mlp.up_proj.compute_dtype == torch.float32
 
 
 def test_the_null_baselines_find_what_is_there_to_find() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from common.characters import REFERENCES
 from common.lexicon import ADDRESS, LEXICON_FILE, OCCASIONS, RECIPIENTS
 from common.offline import flaws
+from common.policy import multiplies_in_bf16
 from common.prompts import render
 from common.records import Query, Reference, read
 from common.run_folder import ROOT, digest, file_hash
@@ -136,7 +137,7 @@ def _train(folder: Path) -> None:
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
         for row, (prompt, _) in enumerate(batch):
             labels[row, : len(tokenizer(prompt)["input_ids"])] = -100
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16, enabled=multiplies_in_bf16()):
             loss = model(**inputs, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
