@@ -52,7 +52,7 @@ from common.search import bought
 from common.spoilt import FAMILIES, Pairs, attacked_texts, derived_pairs
 from common.store import open_store
 
-OFFLINE = {"bits": 16, "epochs": 1, "learning_rate": 1.5e-3, "batch_size": 16, "accumulation": 1, "max_length": 256}
+OFFLINE = {"bits": 16, "epochs": 1, "learning_rate": 1e-3, "batch_size": 16, "accumulation": 1, "max_length": 256}
 OFFLINE |= {"checks": 4, "derived": 4}
 SEARCHED = 120  # chosen texts of the test part, at most, on which the reward model is to be bought
 
@@ -141,16 +141,17 @@ def null_baselines(args: argparse.Namespace, split: Split, tests: Tests) -> dict
 def training_pairs(args: argparse.Namespace, pairs: Pairs) -> tuple[Pairs, int, int]:
     """(the pairs of all epochs, one epoch after the other; how many are spoilt; how many epochs).
 
-    Every epoch has spoilt texts of its own, up to --derived for each pair and a free mutation, so the trainer makes one
-    pass over all epochs (--epochs 1.5: 3/4 of one over two). The rounds show as many pairs as the last one is spared.
+    Every epoch has spoilt texts of its own, so the trainer makes one pass over all epochs (--epochs 1.5: 3/4 of one
+    over two). The pairs are in each twice: they are harder to tell apart than the up to --derived spoilt ones of each.
+    The rounds show as many pairs as the last epoch is spared.
     """
     epochs = max(1, math.ceil(args.epochs))
     spoilt: Pairs = []
     for epoch in range(epochs if args.derived else 0):
         spared = bool(args.rounds) and epoch == epochs - 1
         spoilt += derived_pairs(pairs, args.derived - spared, args.without, args.seed, epoch)
-        spoilt += rounds.mutated_pairs(pairs, args.seed, epoch)
-    return pairs * epochs + spoilt, len(spoilt), epochs
+    times = 2 * epochs if spoilt else epochs
+    return pairs * times + spoilt, len(spoilt), epochs
 
 
 def as_dataset(pairs: Pairs):

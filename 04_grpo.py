@@ -65,7 +65,7 @@ from common.store import open_store
 from common.watch import Watch, first_and_last_tenth, watch_callback
 
 OFFLINE = {"bits": 16, "engine": "hf", "sft_epochs": 4, "sft_learning_rate": 2e-3, "save_every": 4, "watch_every": 4}
-OFFLINE |= {"learning_rate": 1.5e-3, "kl": 0.05, "steps": 24, "samples": 8, "queries_per_step": 16, "mini_batch": 8}
+OFFLINE |= {"learning_rate": 1.5e-3, "kl": 0.05, "steps": 48, "samples": 8, "queries_per_step": 16, "mini_batch": 8}
 OFFLINE |= {"micro_batch": 64, "max_tokens": 48}
 RATIO = "sampling/importance_sampling_ratio"  # TRL's name for the trainer's probability over the engine's
 PANELS = {"reward": ["reward", "reward_std"], "length, diversity": ["reward_length_correlation", "distinct_2"]}

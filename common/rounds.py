@@ -6,16 +6,14 @@ mutations. How often texts held out from training are bought says when to stop.
 
 import argparse
 import json
-import random
 from typing import NamedTuple
 
 from common import run_folder, trainers
-from common.mutation import mutate, vocabulary, worse
 from common.pairs import Split
 from common.records import Preference
 from common.reward_model import RewardModel
 from common.search import Try, bought, search_scores, sources_of
-from common.spoilt import Pairs, Source, source_of
+from common.spoilt import Pairs, Source
 
 SEARCHED = 64  # training texts in a round; of the held-out texts fewer
 HELD_OUT = 40
@@ -97,18 +95,3 @@ def winners(pairs: Pairs, most: int, sources: list[Source], found: list[list[Try
         why = f"searched: {', '.join(one.kinds)}"
         won.append(Preference(prompt=prompts[source.query], chosen=chosen, rejected=rejected, why=why))
     return won
-
-
-def mutated_pairs(pairs: Pairs, seed: int, epoch: int = 0) -> Pairs:
-    """A chosen text and a free mutation of it, for each pair where one is worse by construction."""
-    rng = random.Random(run_folder.digest(seed, "mutated", epoch))
-    letters = vocabulary([text for pair in pairs for text in pair.texts[:2]])
-    mutated = []
-    for pair in pairs:
-        source = source_of(pair, pairs, rng)
-        near = [text for text in source[::2] if text]
-        text, _ = mutate(source.greeting, source.greeting, [], near, letters, rng)
-        if text and worse(source.greeting, text):
-            rejected = [{"role": "assistant", "content": text}]
-            mutated.append(Preference(prompt=pair.prompt, chosen=pair.chosen, rejected=rejected, why="mutation"))
-    return mutated

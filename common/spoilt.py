@@ -153,8 +153,10 @@ for spoiler in (other_occasion, other_person, constraint_broken):
     KINDS[spoiler.__name__] = Kind("off_target", spoiler != constraint_broken, spoiler)
 
 
-# How much more often a kind is drawn within its family, because it is harder to tell or shows only beside the query.
-WEIGHTS = {"other_occasion": 3, "other_person": 2, "clause_repeated": 3, "cut": 3, "pasted_twice": 2}
+# How much more often a family is drawn, and a kind within its family, because it is harder to tell or shows only beside
+# the query. Most other kinds add text: with as many of those as of these, a reward model learns that shorter is better.
+FAMILY_WEIGHTS = {"damage": 3, "off_target": 4}
+WEIGHTS = {"other_occasion": 3, "other_person": 2, "clause_repeated": 3, "cut": 6, "pasted_twice": 2}
 
 
 def spoil(kind: str, source: Source, rng: random.Random, held_out: bool) -> str:
@@ -181,7 +183,8 @@ def draw(
     text, names = "", []
     while not text:
         for _ in range(1 + (rng.random() < COMPOSED)):
-            kinds = kinds_of(rng.choice(families), held_out)
+            family = rng.choices(families, [FAMILY_WEIGHTS.get(name, 1) for name in families])[0]
+            kinds = kinds_of(family, held_out)
             name = rng.choices(kinds, [WEIGHTS.get(kind, 1) for kind in kinds])[0]
             spoilt = spoil(name, source._replace(greeting=text or source.greeting), rng, held_out)
             if spoilt not in ("", source.greeting) and all(clause in spoilt for clause in clauses(text)):
