@@ -17,7 +17,6 @@ from common.offline.tiny_model import tiny_policy
 from common.policy import find_policy
 from common.records import Preference, Reference, read, write
 from common.reward_model import RewardModel, apply_calibration, fit_calibration
-from common.rounds import mutated_pairs
 from common.run_folder import file_hash
 from common.spoilt import FAMILIES, derived_pairs
 from common.trainers import last_checkpoint
@@ -68,13 +67,9 @@ def test_every_epoch_has_spoilt_texts_of_its_own_and_the_last_one_spares_what_th
 ) -> None:
     args = Namespace(seed=0, derived=2, without=[], epochs=1.5, rounds=0)
     shown, spoilt, epochs = rm.training_pairs(args, pairs)
-    assert epochs == 2 and shown[: 2 * len(pairs)] == pairs * 2 and len(shown) == 2 * len(pairs) + spoilt
-    made = []
-    for epoch in (0, 1):
-        drawn, mutated = derived_pairs(pairs, 2, [], 0, epoch), mutated_pairs(pairs, 0, epoch)
-        assert len(drawn) == 2 * len(pairs) and len(mutated) > 0.9 * len(pairs)
-        made.append(drawn + mutated)
-    assert shown[2 * len(pairs) :] == made[0] + made[1]
+    assert epochs == 2 and shown[: 4 * len(pairs)] == pairs * 4 and len(shown) == 4 * len(pairs) + spoilt
+    made = [derived_pairs(pairs, 2, [], 0, epoch) for epoch in (0, 1)]
+    assert spoilt == 4 * len(pairs) and shown[4 * len(pairs) :] == made[0] + made[1]
     assert len({p.id for p in made[0]} & {p.id for p in made[1]}) < len(made[0]) / 2
     args.rounds = 2
     assert rm.training_pairs(args, pairs)[1] == spoilt - len(pairs)
