@@ -44,8 +44,8 @@ PHASES = ("old log-probabilities", "reference log-probabilities", "forward", "ba
 TARGET = 0.6  # of the stock trainer's time
 RATES = (3e-6, 1e-5, 3e-5, 1e-4)
 # 16 completions an update, and two updates of each rollout, as at step 4's defaults.
-SWEEP = ["--queries-per-step", 8, "--mini-batch", 4, "--samples", 4, "--kl", 0.001, "--max-tokens", 64]
-SWEEP += ["--micro-batch", 8, "--watch-every", 0, "--save-every", 1, "--max-gap", 9]
+SWEEP = ["--queries-per-step", 4, "--mini-batch", 2, "--samples", 8, "--kl", 0.001, "--max-tokens", 32]
+SWEEP += ["--temperature", 0.8, "--micro-batch", 8, "--watch-every", 0, "--save-every", 1, "--max-gap", 9]
 
 
 def machine() -> str:
@@ -225,7 +225,7 @@ def sweep(args: argparse.Namespace) -> None:
     start = folder / "sft"
     start.mkdir(parents=True, exist_ok=True)
     rows = []
-    for reference in random.Random(0).sample(read(REFERENCES, Reference), 256):
+    for reference in random.Random(0).sample(read(REFERENCES, Reference), 128):
         greeting = [{"role": "assistant", "content": reference.response}]
         rows.append({"prompt": conversation(reference.query, PROMPTS), "completion": greeting})
     write(start / "sft.jsonl", rows)
