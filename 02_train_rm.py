@@ -87,6 +87,10 @@ def parse_args() -> argparse.Namespace:
     run_folder.add_run_flags(parser)
     args = run_folder.parse(parser, OFFLINE)
     args.preferences = args.preferences or args.run / "preferences.jsonl"
+    if min(args.rounds, args.derived) < 0:
+        run_folder.fail("--rounds and --derived are numbers from 0 on")
+    if args.rounds and args.without:
+        run_folder.fail("--rounds searches with all families, so it goes with no --without")
     return args
 
 
@@ -148,7 +152,7 @@ def training_pairs(args: argparse.Namespace, pairs: Pairs) -> tuple[Pairs, int, 
     epochs = max(1, math.ceil(args.epochs))
     spoilt: Pairs = []
     for epoch in range(epochs if args.derived else 0):
-        spared = bool(args.rounds) and epoch == epochs - 1
+        spared = args.rounds > 0 and args.derived > 1 and epoch == epochs - 1
         spoilt += derived_pairs(pairs, args.derived - spared, args.without, args.seed, epoch)
     times = 2 * epochs if spoilt else epochs
     return pairs * times + spoilt, len(spoilt), epochs
@@ -245,7 +249,7 @@ def train_in_rounds(args: argparse.Namespace, base: str, split: Split) -> tuple[
     stop = split.stop + derived_pairs(split.stop, min(args.derived, 1), args.without, args.seed)
     log = train(args, pairs, args.epochs / epochs, stop, base, "rm_checkpoints")
     searched = []
-    while derived and len(searched) < args.rounds:  # of a killed run's finished rounds nothing is left to do
+    while len(searched) < args.rounds:  # of a killed run's finished rounds nothing is left to do
         number, done = len(searched) + 1, log[-1]["step"]
         won = rounds.search_round(args, base, split, number)
         searched.append(won)
@@ -344,7 +348,8 @@ def write_results(args: argparse.Namespace, base: str, started: float, figures: 
         print(f"02: {name:28} {share:>6}  [{lo}, {hi}]  longer {longer}, n-grams {ngrams}, n {test['n']}")
     families = ", ".join(f"{name} {percent(rate['value'])}" for name, rate in figures["bought"].items())
     searched = ", ".join(f"{percent(one['bought']['value'])}, {one['pairs']} pairs" for one in figures["rounds"])
-    print(f"02: held-out texts bought before each round, and pairs won from training texts: {searched or 'no round'}")
+    if searched:
+        print(f"02: held-out texts bought, and pairs won from training texts, in each search: {searched}")
     print(f"02: bought by a search on {figures['bought']['all']['n']} chosen texts: {families}")
     print(f"02: correlation of score and length within chosen texts {figures['length_correlation']:+.2f}")
     print(f"02: reward model in {args.run / 'rm'}")
@@ -358,8 +363,9 @@ def harden(args: argparse.Namespace, base: str, split: Split, settings: dict, st
         print(f"02: --hard done already, see {args.run / '02_summary.json'}")
         return 0
     seen = random.Random(args.seed).sample(split.train, min(len(split.train), len(begun.train)))
+    args.rounds = 0  # none follows, for which the last epoch would be spared pairs
     pairs, _, epochs = training_pairs(args, begun.train + seen)
-    stop = split.stop + derived_pairs(split.stop, args.derived, args.without, args.seed) + begun.held_out
+    stop = split.stop + derived_pairs(split.stop, min(args.derived, 1), args.without, args.seed) + begun.held_out
     log = train(args, pairs, args.epochs / epochs, stop, base, hard.CHECKPOINTS, args.run / hard.BEFORE)
     if not run_folder.main_process():
         return 0

@@ -75,6 +75,9 @@ def main() -> None:
     parser.add_argument("--base-url", help="endpoint of judge and rubric; left out: --offline")
     parser.add_argument("--model", help="model there")
     args = parser.parse_args()
+    for run in args.runs:
+        if not run.is_dir():
+            parser.error(f"{run} is no folder of a run")
     where = ["--base-url", args.base_url, "--model", args.model] if args.base_url else ["--offline"]
     tables = [searched(run, ["--search", str(args.search), *where]) for run in args.runs]
     evaluators = list(dict.fromkeys(name for table in tables for name in table))

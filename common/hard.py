@@ -88,7 +88,7 @@ def begin(args: argparse.Namespace, base: str, split: Split, settings: dict) -> 
         shutil.copy(args.run / "02_summary.json", copy)
         copy.rename(before)
     tests = run_folder.read_summary(before, "02_summary")
-    tests = {"eval": tests["eval"], "bought": tests["bought"], "rollouts": won(rm, held_out)}
+    tests = {"eval": tests["eval"], "bought": tests.get("bought"), "rollouts": won(rm, held_out)}
     sizes = {"queries": len(groups), "graded": graded, "failures": failures, "pairs": len(pairs)}
     return Begun(stage, train, held_out, sizes | {"before": tests})
 

@@ -59,7 +59,7 @@ def found(rm: RewardModel, split: Split, seed: int, number: int, most: int) -> d
 
 
 def over(rounds: list[Round]) -> bool:
-    """Whether few held-out texts were bought in the last round, or no fewer in the last two than in one before."""
+    """Whether few held-out texts were bought in the last round, or no fewer in the last two than in the best before."""
     rates = [one.bought["value"] for one in rounds]
     return rates[-1] < ENOUGH or (len(rates) > 2 and min(rates[-2:]) >= min(rates[:-2]))
 

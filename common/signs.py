@@ -15,7 +15,9 @@ from common.texts import ngrams
 WORDS = {name: re.compile(pattern) for name, pattern in lexicon.LEXICON["signs"].items()}
 ECHOED = 0.3  # share of the text's runs of four characters that stand in the query: 0.18 at most in good greetings
 PROSAIC = 0.2  # share of characters that name concrete things, below which a text without a wish is no verse
-WILD = 7.1  # nats per pair of neighbours: verse in classical Chinese reaches 7, shuffled characters go beyond
+# Nats per pair of neighbours: classical verse reaches 7, shuffled characters go beyond; a few pairs say little.
+WILD, ENOUGH = 7.1, 20
+SURELY_BACKWARDS = BACKWARDS + 0.4  # a text alone; the critic, who looks for more besides, is content with less
 FEAST = "节?(快乐|愉快|安康|安好|吉祥|大吉|顺利)"
 EDGE = r"[\s，,。；;！!？?：:、～~…—\-*#>|【】《》“”「」『』（）()\"'`/／丨·]"
 
@@ -74,7 +76,11 @@ def task_talk(query: str, text: str) -> bool:
 def form(query: str, text: str) -> bool:
     """Blanks, markup, rows of emoji, a signature, a date, another script, or wishes for two occasions not kindred."""
     wished = [name for name, feast in OCCASIONS.items() if re.search(f"({feast['signature'] or '$^'}){FEAST}", text)]
-    return bool(WORDS["form"].search(text)) or any(two not in kindred(one) for one in wished for two in wished)
+    unasked = [name for name in wished if name not in occasions_in(query)]
+    if any(two not in kindred(one) for one in unasked for two in wished):
+        return True
+    latin = WORDS["latin"].search(text)
+    return bool(WORDS["form"].search(text)) or bool(latin and latin[0].lower() not in query.lower())
 
 
 def plea(query: str, text: str) -> bool:
@@ -90,8 +96,8 @@ def damage(query: str, text: str) -> bool:
         or repeats(text)
         or bool(WORDS["padding"].search(text))
         or sum(phrase in text for phrase in lexicon.STOCK) >= 5
-        or model.strangeness(text) > WILD
-        or model.backwards(text) > BACKWARDS + 0.4
+        or (len(text) > ENOUGH and model.strangeness(text) > WILD)
+        or model.backwards(text) > SURELY_BACKWARDS
     )
 
 
@@ -108,7 +114,8 @@ def truncated(query: str, text: str) -> bool:
         return True
     if re.search(r"[。！？!?~～…）)」』”》】♥❤\"}\U0001f300-\U0001faff]\ufe0f?$", text.strip()):
         return False
-    return len(text) > 20 or bool(re.search("[的了和与在把被，、]$|[，。！？；].{1,5}$", text))
+    verse = len(text) <= 20 or "\n" in text.strip()
+    return not verse or bool(re.search("[的了和与在把被，、]$|[，。！？；].{1,5}$", text))
 
 
 def off_target(query: str, text: str) -> bool:

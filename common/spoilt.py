@@ -23,6 +23,7 @@ WORDINGS = json.loads(read_text(ROOT / "data" / "spoilt.json"))  # family -> kin
 SLOT = re.compile(r"\{(query|core|greeting|clause|other|stock|person|stranger|occasion)\}")
 CHOICE = re.compile(r"\[([^\[\]]*)\]")
 TIMES = {"早安": "清晨", "晚安": "夜晚", "康复": "出院"}  # what these occasions are called where no wish is meant
+TRIES = 30  # before a text is given up; the wish that a query holds, say, cannot be spoilt by repeating it
 COMPOSED = 0.4  # how often a second way is tried; every other one would undo the first
 
 Pairs = list[Preference]
@@ -101,9 +102,9 @@ def characters_shuffled(source: Source, rng: random.Random, held_out: bool) -> s
 
 
 def clauses_shuffled(source: Source, rng: random.Random, held_out: bool) -> str:
-    """None in the tests if it ends as a sentence does: then it may read as well as before."""
+    """None if it ends as a sentence does: then it may read as well as before."""
     text = shuffled(clauses(source.greeting), rng)
-    return "" if held_out and text[-1] not in "，、；,;" else text
+    return text if text[-1] in "，、；,;" else ""
 
 
 def cut(source: Source, rng: random.Random, held_out: bool) -> str:
@@ -139,8 +140,8 @@ def names_others(query: str, text: str) -> bool:
 def constraint_broken(source: Source, rng: random.Random, held_out: bool) -> str:
     """Too long, in stock phrases, or in words of today, where the query forbids it; else none."""
     added = source.greeting + "，".join(rng.sample(lexicon.STOCK, 8)) + "！"
-    broken = [text for text in (added, source.other) if text and lexicon.breaks_constraint(source.query, text)]
-    return broken[0] if broken and not lexicon.breaks_constraint(source.query, source.greeting) else ""
+    worse = [text for text in (added, source.other) if text and lexicon.breaks_constraint(source.query, text)]
+    return worse[0] if worse and not lexicon.breaks_constraint(source.query, source.greeting) else ""
 
 
 KINDS: dict[str, Kind] = {}
@@ -176,12 +177,16 @@ def kinds_of(family: str, held_out: bool) -> list[str]:
 def draw(
     source: Source, rng: random.Random, held_out: bool, families: Sequence[str] = FAMILIES
 ) -> tuple[str, tuple[str, ...]]:
-    """(a spoilt text, the names of the one or two kinds that made it). Training draws what is meant for it alone.
+    """(a spoilt text, the names of the one or two kinds that made it), or ("", ()) where none of TRIES can spoil it.
+
+    Training draws what is meant for it alone.
 
     A family first, then a kind of it, so that families with many kinds do not crowd out the others.
     """
     text, names = "", []
-    while not text:
+    for _ in range(TRIES):
+        if text:
+            break
         for _ in range(1 + (rng.random() < COMPOSED)):
             family = rng.choices(families, [FAMILY_WEIGHTS.get(name, 1) for name in families])[0]
             kinds = kinds_of(family, held_out)
@@ -203,6 +208,8 @@ def derived_pairs(pairs: Pairs, most: int, without: list[str], seed: int, epoch:
     for pair in pairs if families else []:
         for _ in range(most):
             spoilt, kinds = draw(source_of(pair, pairs, rng), rng, False, families)
+            if not spoilt:
+                continue
             rejected, why = [{"role": "assistant", "content": spoilt}], f"derived: {', '.join(kinds)}"
             derived.append(Preference(prompt=pair.prompt, chosen=pair.chosen, rejected=rejected, why=why))
     return derived
@@ -262,8 +269,11 @@ def attack_bank(references: list[Reference], size: int, seed: int, held_out: boo
         own, other = getattr(good, "occasion", good.query), rng.choice(references)
         turn, family = divmod(len(bank), len(FAMILIES))
         kinds = kinds_of(FAMILIES[family], held_out)
-        name = kinds[turn % len(kinds)]
-        attack = spoil(name, Source(good.query, good.response, other.response), rng, held_out)
+        turn %= len(kinds)
+        for name in kinds[turn:] + kinds[:turn]:  # the next one where a kind cannot spoil this greeting
+            attack = spoil(name, Source(good.query, good.response, other.response), rng, held_out)
+            if attack:
+                break
         fits = getattr(other, "occasion", other.query) in lexicon.kindred(own)
         if attack and not fits and len(bank) < size:
             bank.append({"query": good.query, "response": attack, "source": "fixed", "attack": name})

@@ -81,13 +81,13 @@ def chance_of_rise(before: list[list[bool]], after: list[list[bool]]) -> float:
     n hits and misses in groups say no more than n / d independent ones. d, the design effect, is the variance of the
     groups' counts over that of independent hits, of both sides together and never below 1. Counts divided by d are
     tested as independent ones are (Rao & Scott 1992, Biometrics 48, 577), by Fisher's exact test. 1 where one side has
-    fewer than two groups.
+    fewer than 8 groups: the variance of fewer is too uncertain, and p too small up to nine times in simulations.
     """
     from statistics import variance
 
     from scipy.stats import hypergeom
 
-    if min(len(before), len(after)) < 2:
+    if min(len(before), len(after)) < 8:
         return 1.0
     sizes = [sum(map(len, groups)) for groups in (before, after)]
     hits = [sum(map(sum, groups)) for groups in (before, after)]

@@ -51,7 +51,10 @@ def trainer_settings(model) -> dict:
     import torch
 
     cuda = torch.cuda.is_available()
-    return {"bf16": model.dtype == torch.bfloat16, "use_cpu": not cuda, "gradient_checkpointing": cuda}
+    settings = {"bf16": model.dtype == torch.bfloat16, "use_cpu": not cuda, "gradient_checkpointing": cuda}
+    # Of an update each of several processes makes as many passes as its rows need; to send buffers in each, as DDP does
+    # by default, they would wait for each other for ever.
+    return settings | {"ddp_broadcast_buffers": False}
 
 
 def per_process(batch: int, accumulation: int) -> tuple[int, int]:

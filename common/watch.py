@@ -59,8 +59,9 @@ class Watch:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({**row, "grades": grades}) + "\n")
         if reasons:
-            message = f"{'; '.join(reasons)}: the policy games its reward"
-            tqdm.write(f"step {step}: {message}; its best is in policy_{self.args.reward}_best", file=sys.stderr)
+            best = f"policy_{self.args.reward}_best"
+            kept = f"; its best is in {best}" if (self.args.run / best).is_dir() else ""
+            tqdm.write(f"step {step}: {'; '.join(reasons)}: the policy games its reward{kept}", file=sys.stderr)
         return row
 
     def write(self, model, tokenizer) -> list[str]:

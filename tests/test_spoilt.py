@@ -130,6 +130,32 @@ def test_signs_in_words_of_no_template() -> None:
     assert signs("生日", "") == {"damage"}
 
 
+@pytest.mark.parametrize(
+    ("query", "greeting"),
+    [
+        ("体检结果正常 祝爸妈", "爸，妈，检查一切正常，我这颗心落了地，今晚加个菜。"),
+        ("表弟中考", "表弟，考得满分也好，差一点也好，回来哥都请你吃面。愿你睡个好觉。"),
+        ("师兄论文答辩", "师兄，愿论文一次通过，夏天的风替你庆功。"),
+        ("同事生日", "生日快乐！今年的任务：好好吃饭，好好睡觉。"),
+        ("运动会给儿子", "儿子，拿第一名很好，跑完全程也很好，加油。"),
+        ("教师节给导师", "老师，谢谢您教会我独立思考，节日快乐，茶给您泡好了。"),
+        ("妈妈生日正好是中秋节", "妈，生日快乐，中秋快乐，月饼和蛋糕都给您留了最大的一块。"),
+        ("给程序员哥哥的新年祝福 没有bug", "哥，新年快乐，愿你今年的代码没有bug，头发一根不少。"),
+        ("2025年元旦", "2025年来了，愿您灯火常亮，饭菜常热。"),
+        ("结婚贺词 四言", "琴瑟和鸣，鸾凤偕飞。"),
+    ],
+)
+def test_words_of_a_pattern_may_stand_in_a_good_greeting(query: str, greeting: str) -> None:
+    assert not signs(query, greeting)
+
+
+def test_what_no_kind_can_spoil_is_given_up() -> None:
+    wish = Source("祝妈妈生日快乐", "妈，生日快乐，面在锅里。", "")
+    assert draw(wish, random.Random(0), False, ["echo"]) == ("", ())
+    some = [pair(wish.query, wish.greeting, "好")] * 3
+    assert derived_pairs(some, 2, [family for family in FAMILIES if family != "echo"], seed=0) == []
+
+
 def test_edits_stand_anywhere() -> None:
     """Before, between and after the clauses."""
     places = Counter()
@@ -196,4 +222,6 @@ def test_the_bank_has_all_families_and_the_unseen_one_their_unseen_kinds() -> No
     missing = {name for name, kind in KINDS.items() if not kind.trained} - {row["attack"] for row in unseen}
     assert missing <= {"constraint_broken"}  # few queries have one
     assert not {row["query"] for row in seen} & {row["query"] for row in unseen}
+    for held_out in (False, True):  # few references, of which some cannot be spoilt in every way
+        assert len(attack_bank(REFERENCES[:50], 84, 0, held_out)) >= 18
     assert attack_bank(REFERENCES, 84, 0, held_out=True) == unseen != attack_bank(REFERENCES, 84, 1, held_out=True)

@@ -115,8 +115,9 @@ def test_a_look_without_any_grade_warns_of_what_rises_and_stops_the_run(
 
 
 def test_independent_hits_are_tested_by_fishers_exact_test() -> None:
-    before, after = [[True, False, False, False]] * 5, [[True, True, False, False]] * 5  # no group varies by itself
-    assert chance_of_rise(before, after) == pytest.approx(fisher_exact([[10, 10], [5, 15]], alternative="greater")[1])
+    before, after = [[True, False, False, False]] * 8, [[True, True, False, False]] * 8  # no group varies by itself
+    assert chance_of_rise(before, after) == pytest.approx(fisher_exact([[16, 16], [8, 24]], alternative="greater")[1])
+    assert chance_of_rise(before[:7], after) == 1.0
     assert chance_of_rise(after, before) > 0.9
     assert chance_of_rise(before[:1], after) == chance_of_rise(before, after[:1]) == 1.0
 
