@@ -38,15 +38,7 @@ from common import hard, records, rounds, run_folder, stats, trainers
 from common.endpoint import add_endpoint_flags
 from common.memory import peak_gib
 from common.pairs import Split, split_pairs
-from common.policy import (
-    add_policy_flags,
-    load_base,
-    load_tokenizer,
-    lora,
-    multiplies_in_bf16,
-    policy_path,
-    silence_libraries,
-)
+from common.policy import add_policy_flags, load_base, load_tokenizer, lora, policy_path, silence_libraries
 from common.reward_model import RewardModel, compute_in_fp32
 from common.search import bought
 from common.spoilt import FAMILIES, Pairs, attacked_texts, derived_pairs
@@ -87,8 +79,6 @@ def parse_args() -> argparse.Namespace:
     run_folder.add_run_flags(parser)
     args = run_folder.parse(parser, OFFLINE)
     args.preferences = args.preferences or args.run / "preferences.jsonl"
-    if min(args.rounds, args.derived) < 0:
-        run_folder.fail("--rounds and --derived are numbers from 0 on")
     if args.rounds and args.without:
         run_folder.fail("--rounds searches with all families, so it goes with no --without")
     return args
@@ -217,18 +207,12 @@ def train(
         # Batches of like length waste less on padding. The sampler finds the lengths in a column that TRL would remove.
         train_sampling_strategy="group_by_length", remove_unused_columns=False,
         pad_to_multiple_of=16,  # every new shape costs a CPU's kernels a compilation
-        **{**trainers.trainer_settings(model), "bf16": multiplies_in_bf16()},
+        **trainers.trainer_settings(model, autocast=True),
     )  # fmt: skip
     bar = trainers.progress_callback("reward model", ["loss", "accuracy", "eval_loss"])
-    trainer = FiniteRewardTrainer(
-        model=model,
-        args=config,
-        train_dataset=as_dataset(pairs),
-        eval_dataset=as_dataset(stop),
-        processing_class=tokenizer,
-        peft_config=adapter,
-        callbacks=[bar, EarlyStoppingCallback(args.patience)],
-    )
+    parts = {"train_dataset": as_dataset(pairs), "eval_dataset": as_dataset(stop), "processing_class": tokenizer}
+    callbacks = [bar, EarlyStoppingCallback(args.patience)]
+    trainer = FiniteRewardTrainer(model, config, **parts, peft_config=adapter, callbacks=callbacks)
     trainers.fix_trainer(trainer)
     compute_in_fp32(trainer.model.base_model.model.score.modules_to_save["default"])  # as it will score
     too_long = len(pairs) - len(trainer.train_dataset)

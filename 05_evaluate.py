@@ -4,7 +4,8 @@ Greetings of base, SFT, both GRPO policies, further policies and models behind a
 dimensions by the rubric (excellent: weighted mean of at least 2), compared two by two in both orders, and judged by
 the refined judge of step 3, the five agents of step 1 and the reward model of step 2. Every evaluator is itself
 evaluated on labelled greetings, and on people's ratings where there are any, next to two baselines that understand
-nothing: text length and character n-grams; and a search looks for spoilt greetings with which it can be bought.
+nothing: text length and character n-grams; and a search looks for spoilt greetings with which judge, rubric and reward
+model can be bought.
 
 Reads   held-out queries, labelled greetings, references, the policies, rm/ and principles.jsonl of the run, summaries
         of 01 to 04; ablations.jsonl where tools/ablations.py has made it
@@ -64,7 +65,7 @@ def parse_args() -> argparse.Namespace:
     scores("--eval-model", help="model of rubric and comparisons, for evaluation alone (--model)")
     scores("--eval-base-url", type=address, help="its endpoint (--base-url)")
     adversary = parser.add_argument_group("search").add_argument
-    costs = "128 questions each; offline 120, else 0"
+    costs = "offline 120, else 0: up to 128 questions for each"
     adversary("--search", type=int, metavar="N", help=f"good greetings to buy evaluators with ({costs})")
     key = parser.add_argument_group("key of the evaluation's endpoint").add_argument  # no setting of any stage
     key("--eval-api-key-env", type=variable, help="variable that holds it (--api-key-env, at the same address)")

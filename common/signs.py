@@ -64,7 +64,7 @@ def no_greeting(query: str, text: str) -> bool:
     characters = "".join(clauses(text))
     images = sum(character in lexicon.IMAGES for character in characters)
     to_nobody = re.search("自己|文案|朋友圈|发圈|短句|对联|横幅", query)
-    dull = not to_nobody and images < PROSAIC * len(characters) and len(characters) >= 4
+    dull = not to_nobody and images < PROSAIC * len(characters) and len(characters) >= 12
     return bool(WORDS["prose"].search(rest)) or dull
 
 
@@ -76,7 +76,7 @@ def task_talk(query: str, text: str) -> bool:
 def form(query: str, text: str) -> bool:
     """Blanks, markup, rows of emoji, a signature, a date, another script, or wishes for two occasions not kindred."""
     wished = [name for name, feast in OCCASIONS.items() if re.search(f"({feast['signature'] or '$^'}){FEAST}", text)]
-    unasked = [name for name in wished if name not in occasions_in(query)]
+    unasked = [name for name in wished if name not in kindred(*occasions_in(query))]
     if any(two not in kindred(one) for one in unasked for two in wished):
         return True
     latin = WORDS["latin"].search(text)
