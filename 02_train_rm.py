@@ -6,18 +6,21 @@ pasted twice and a word to the reviewer. So
 
     pairs        are split by query; training pairs that share a text with a test pair are left out
     spoilt pairs are added: a chosen text against a spoilt form of itself, different ones each epoch  common/spoilt.py
+    rounds       of a search for what buys it; what won is trained against, at half the rate          common/rounds.py
     training     stops when the loss on held-out pairs no longer falls                                TRL
     calibration  subtracts what remains of the score's correlation with length among good texts      reward_model.py
+    --hard       goes on from the finished rm/ with rollouts of a policy that found what it overrates   common/hard.py
     tests        on all pairs, on pairs of nearly equal length, and under attacks in wordings that training never saw;
                  beside each result, how often "the longer text wins" and character n-grams are right
 
 Reads   preferences.jsonl of step 1 (--preferences; --eval-preferences instead of a split by query)
-Writes  rm/ (adapter, head, calibration.json, training.svg, README.md), rm_checkpoints/, rm_eval.jsonl, 02_summary.json
+Writes  rm/ (adapter, head, calibration.json, training.svg, README.md), rm_checkpoints/, rm_eval.jsonl, 02_summary.json;
+        with --hard also hard_pairs.jsonl, rm_hard_checkpoints/, rm_before_hard/ (what rm/ was)
 Paper   arXiv 2508.21476: LoRA r 16, learning rate 2e-4, 5 epochs, batch 16 with 8 accumulation steps. Departures: 4-bit
-        base; the split, the spoilt pairs (beside which each pair is shown twice per epoch), the calibration, the
-        attacks. Length: post-hoc reward calibration, Huang et al. 2024 (arXiv 2409.17407), here with a straight line
-        fitted to chosen texts alone.
+        base; the split, the spoilt pairs, the rounds, the calibration, the attacks. Length: post-hoc reward
+        calibration, Huang et al. 2024 (arXiv 2409.17407), here with a straight line fitted to chosen texts alone.
 Example python 02_train_rm.py --offline --run outputs/mine
+        python 02_train_rm.py --offline --run outputs/mine --hard outputs/mine/rollouts_rm.jsonl
         python 02_train_rm.py --offline --run outputs/mine --score greetings.jsonl > scored.jsonl
 """
 
@@ -25,31 +28,25 @@ import argparse
 import itertools
 import json
 import math
+import random
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
-from common import records, run_folder, stats, trainers
+from common import hard, records, rounds, run_folder, stats, trainers
 from common.endpoint import add_endpoint_flags
 from common.memory import peak_gib
-from common.policy import (
-    add_policy_flags,
-    load_base,
-    load_tokenizer,
-    lora,
-    multiplies_in_bf16,
-    policy_path,
-    silence_libraries,
-)
-from common.records import Preference
+from common.pairs import Split, split_pairs
+from common.policy import add_policy_flags, load_base, load_tokenizer, lora, policy_path, silence_libraries
 from common.reward_model import RewardModel, compute_in_fp32
-from common.spoilt import SPOILERS, Pairs, attacked_texts, derived_pairs
-from common.texts import leaks
+from common.search import bought
+from common.spoilt import FAMILIES, Pairs, attacked_texts, derived_pairs
+from common.store import open_store
 
-OFFLINE = {"bits": 16, "epochs": 1, "learning_rate": 7e-4, "batch_size": 16, "accumulation": 1, "max_length": 256}
+OFFLINE = {"bits": 16, "epochs": 1, "learning_rate": 1e-3, "batch_size": 16, "accumulation": 1, "max_length": 256}
 OFFLINE |= {"checks": 4, "derived": 4}
+SEARCHED = 120  # chosen texts of the test part, at most, on which the reward model is to be bought
 
 
 def parse_args() -> argparse.Namespace:
@@ -59,7 +56,7 @@ def parse_args() -> argparse.Namespace:
     add("--eval-preferences", type=Path, help="pairs to test on, instead of a split of --preferences by query")
     add("--eval-share", type=float, default=0.2, help="share of the queries kept for the test (%(default)s)")
     add("--derived", type=int, default=3, help="spoilt pairs added for each pair, at most (%(default)s)")
-    add("--without", nargs="+", choices=sorted(SPOILERS), default=[], metavar="KIND", help="spoilt texts to leave out")
+    add("--without", nargs="+", choices=FAMILIES, default=[], metavar="FAMILY", help="spoilt texts to leave out")
     add("--stress-size", type=run_folder.positive, default=500, help="test texts attacked, at most (%(default)s)")
     add = parser.add_argument_group("training").add_argument
     add("--rank", type=run_folder.positive, default=16, help="LoRA rank (%(default)s)")
@@ -68,76 +65,23 @@ def parse_args() -> argparse.Namespace:
     add("--batch-size", type=run_folder.positive, default=16, help="pairs per device and step (%(default)s)")
     add("--accumulation", type=run_folder.positive, default=8, help="steps that make one update (%(default)s)")
     add("--max-length", type=run_folder.positive, default=768, help="tokens; longer pairs are left out (%(default)s)")
+    add("--rounds", type=int, default=0, help="searches for what buys it, to train on, at most (%(default)s)")
     add("--checks", type=run_folder.positive, default=20, help="times to save and test on held-out pairs (%(default)s)")
     add("--patience", type=run_folder.positive, default=3, help="checks without a gain that end it (%(default)s)")
     add("--length-tolerance", type=float, default=0.0, help="correlation with length that stays; 1: all (%(default)s)")
     # These change no output, so no stage names them.
     add = parser.add_argument_group("what to do").add_argument
     add("--allow-leak", action="store_true", help="train although texts of --eval-preferences are among the pairs")
+    add("--hard", type=Path, nargs="+", metavar="FILE", help="go on from RUN/rm with these rollouts, rewarded by it")
     add("--score", type=Path, metavar="FILE", help="train nothing: print FILE with a score added to each row")
     add_policy_flags(parser)
-    add_endpoint_flags(parser)  # only --prompts counts here; the others are taken so that run.sh can pass them to all
+    add_endpoint_flags(parser)  # but for --hard only --prompts counts; run.sh passes the others to all
     run_folder.add_run_flags(parser)
     args = run_folder.parse(parser, OFFLINE)
     args.preferences = args.preferences or args.run / "preferences.jsonl"
+    if args.rounds and args.without:
+        run_folder.fail("--rounds searches with all families, so it goes with no --without")
     return args
-
-
-# ---- the data gate --------------------------------------------------------------------------------------------------
-
-
-class Split(NamedTuple):
-    """A query is in one part only."""
-
-    train: Pairs
-    stop: Pairs  # held out, to stop by and to calibrate on
-    test: Pairs
-    leaks: dict[str, int]  # how many pairs leak, by kind
-    leaking: set[str]  # ids of the test pairs that leak into training, which --allow-leak keeps
-
-
-def split_pairs(args: argparse.Namespace) -> Split:
-    """Read and split the pairs. Test pairs that the user names are not touched: if they leak, the run stops."""
-    pairs = records.read(args.preferences, Preference, f"python 01_curate_preferences.py --run {args.run}")
-    leaking: set[str] = set()
-    if args.eval_preferences:
-        test = records.read(args.eval_preferences, Preference)
-        leaked = leaks(pairs, test)
-        leaking = ids_of(leaked)
-        counts = {kind: len(some) for kind, some in leaked.items()}
-        if leaking:
-            table = ", ".join(f"{count} by {kind}" for kind, count in counts.items())
-            report = f"of {len(test)} test pairs of {args.eval_preferences}, these leak into training: {table}"
-            report += f"; such as {', '.join(sorted(leaking)[:3])}"
-            if not args.allow_leak:
-                run_folder.fail(f"{report}; remove them, or go on with --allow-leak")
-            print(f"02: {report}", file=sys.stderr)
-    else:
-        test, pairs = divide(args, pairs, "test", args.eval_share)
-        # Queries are on one side only, but two queries may share a text, or nearly so.
-        shared = ids_of(leaks(test, pairs)) if pairs and test else set()
-        pairs = [pair for pair in pairs if pair.id not in shared]
-        counts = {"training_pairs_left_out": len(shared)}
-        if shared:
-            print(f"02: {len(shared)} training pairs share a text, or nearly one, with test pairs and are left out")
-    stop, train = divide(args, pairs, "stop", 0.1)
-    if not (train and stop and test):
-        sizes = f"{len(train)} pairs to train on, {len(stop)} to stop by, {len(test)} to test on"
-        run_folder.fail(f"{args.preferences} has too few queries to split: {sizes}; add pairs")
-    return Split(train, stop, test, counts, leaking)
-
-
-def divide(args: argparse.Namespace, pairs: Pairs, name: str, share: float) -> tuple[Pairs, Pairs]:
-    """The pairs of a share of the queries, and the rest. A hash decides, so the order of the file does not matter."""
-    inside, outside = [], []
-    for pair in pairs:
-        place = int(run_folder.digest(args.seed, name, pair.texts[0]), 16) % 10_000
-        (inside if place < 10_000 * share else outside).append(pair)
-    return inside, outside
-
-
-def ids_of(leaked: dict[str, Pairs]) -> set[str]:
-    return {pair.id for pairs in leaked.values() for pair in pairs}
 
 
 # ---- the tests, and what needs no understanding to pass them --------------------------------------------------------
@@ -191,14 +135,15 @@ def null_baselines(args: argparse.Namespace, split: Split, tests: Tests) -> dict
 def training_pairs(args: argparse.Namespace, pairs: Pairs) -> tuple[Pairs, int, int]:
     """(the pairs of all epochs, one epoch after the other; how many are spoilt; how many epochs).
 
-    A trainer shows one dataset again and again, but here every epoch has spoilt texts of its own. So all epochs are
-    laid out in one dataset, of which the trainer makes one pass (--epochs 1.5: 3/4 of a pass over two). The original
-    pairs are in each epoch twice: their texts are harder to tell apart than the up to --derived spoilt pairs of each.
+    Every epoch has spoilt texts of its own, so the trainer makes one pass over all epochs (--epochs 1.5: 3/4 of one
+    over two). The pairs are in each twice: they are harder to tell apart than the up to --derived spoilt ones of each.
+    The rounds show as many pairs as the last epoch is spared.
     """
     epochs = max(1, math.ceil(args.epochs))
     spoilt: Pairs = []
-    for epoch in range(epochs):
-        spoilt += derived_pairs(pairs, args.derived, args.without, args.seed, epoch)
+    for epoch in range(epochs if args.derived else 0):
+        spared = args.rounds > 0 and args.derived > 1 and epoch == epochs - 1
+        spoilt += derived_pairs(pairs, args.derived - spared, args.without, args.seed, epoch)
     times = 2 * epochs if spoilt else epochs
     return pairs * times + spoilt, len(spoilt), epochs
 
@@ -215,13 +160,19 @@ def as_dataset(pairs: Pairs):
     return Dataset.from_list(rows)
 
 
-def train(args: argparse.Namespace, pairs: Pairs, passes: float, stop: Pairs, base: str) -> list[dict]:
-    """Train and save rm/, from the last checkpoint if there is one; returns the trainer's log."""
+def train(
+    args: argparse.Namespace, pairs: Pairs, passes: float, stop: Pairs, base: str, into: str, start: Path | None = None
+) -> list[dict]:
+    """Train and save rm/, from the last checkpoint in `into` if there is one, else from `start`, an adapter, if given.
+
+    Returns the trainer's log.
+    """
     import torch
+    from peft import PeftModel
     from transformers import AutoModelForSequenceClassification, EarlyStoppingCallback
     from trl import RewardConfig, RewardTrainer
 
-    checkpoints = args.run / "rm_checkpoints"
+    checkpoints = args.run / into
 
     class FiniteRewardTrainer(RewardTrainer):
         def compute_loss(self, *inputs, **options):
@@ -236,6 +187,9 @@ def train(args: argparse.Namespace, pairs: Pairs, passes: float, stop: Pairs, ba
     # On a CPU the fused attention is slower with short padded rows; scoring keeps it: it spares memory on long ones.
     attention = {} if torch.cuda.is_available() else {"attn_implementation": "eager"}
     model = load_base(AutoModelForSequenceClassification, base, args.bits, num_labels=1, **attention)
+    adapter = lora(args.rank, "SEQ_CLS", modules_to_save=["score"])
+    if start:
+        model, adapter = PeftModel.from_pretrained(model, start, is_trainable=True), None
 
     updates = math.ceil(len(pairs) / (args.batch_size * args.accumulation)) * passes
     check_every = max(1, math.ceil(updates / args.checks))
@@ -243,7 +197,7 @@ def train(args: argparse.Namespace, pairs: Pairs, passes: float, stop: Pairs, ba
     config = RewardConfig(
         output_dir=str(checkpoints), seed=args.seed, num_train_epochs=passes, max_length=args.max_length,
         per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
-        per_device_eval_batch_size=args.batch_size, learning_rate=args.learning_rate,
+        per_device_eval_batch_size=args.batch_size, learning_rate=args.learning_rate / (2 if start else 1),
         # Trainings are of some hundred updates: Adam's 0.999 would average the squared gradients over all of them.
         lr_scheduler_type="cosine", adam_beta2=0.98, warmup_steps=0.1,  # a share of all steps
         logging_steps=max(1, check_every // 4), logging_nan_inf_filter=False,
@@ -253,18 +207,12 @@ def train(args: argparse.Namespace, pairs: Pairs, passes: float, stop: Pairs, ba
         # Batches of like length waste less on padding. The sampler finds the lengths in a column that TRL would remove.
         train_sampling_strategy="group_by_length", remove_unused_columns=False,
         pad_to_multiple_of=16,  # every new shape costs a CPU's kernels a compilation
-        **{**trainers.trainer_settings(model), "bf16": multiplies_in_bf16()},
+        **trainers.trainer_settings(model, autocast=True),
     )  # fmt: skip
     bar = trainers.progress_callback("reward model", ["loss", "accuracy", "eval_loss"])
-    trainer = FiniteRewardTrainer(
-        model=model,
-        args=config,
-        train_dataset=as_dataset(pairs),
-        eval_dataset=as_dataset(stop),
-        processing_class=tokenizer,
-        peft_config=lora(args.rank, "SEQ_CLS", modules_to_save=["score"]),
-        callbacks=[bar, EarlyStoppingCallback(args.patience)],
-    )
+    parts = {"train_dataset": as_dataset(pairs), "eval_dataset": as_dataset(stop), "processing_class": tokenizer}
+    callbacks = [bar, EarlyStoppingCallback(args.patience)]
+    trainer = FiniteRewardTrainer(model, config, **parts, peft_config=adapter, callbacks=callbacks)
     trainers.fix_trainer(trainer)
     compute_in_fp32(trainer.model.base_model.model.score.modules_to_save["default"])  # as it will score
     too_long = len(pairs) - len(trainer.train_dataset)
@@ -277,6 +225,25 @@ def train(args: argparse.Namespace, pairs: Pairs, passes: float, stop: Pairs, ba
         (args.run / "rm" / "calibration.json").unlink(missing_ok=True)
     trainer.save_model(str(args.run / "rm"))
     return trainer.state.log_history
+
+
+def train_in_rounds(args: argparse.Namespace, base: str, split: Split) -> tuple[list[dict], dict]:
+    """Train, search for what buys the result, go on training with that, and so on; (the log, figures of it all)."""
+    pairs, derived, epochs = training_pairs(args, split.train)
+    stop = split.stop + derived_pairs(split.stop, min(args.derived, 1), args.without, args.seed)
+    log = train(args, pairs, args.epochs / epochs, stop, base, "rm_checkpoints")
+    searched = []
+    while len(searched) < args.rounds:  # of a killed run's finished rounds nothing is left to do
+        number, done = len(searched) + 1, log[-1]["step"]
+        won = rounds.search_round(args, base, split, number)
+        searched.append(won)
+        if rounds.over(searched) or not won.train:
+            break
+        pairs = won.train + random.Random(args.seed + number).sample(split.train, len(won.train))  # seen before
+        more = train(args, pairs, 1, stop + won.held_out, base, rounds.folder(number), args.run / "rm")
+        log += [{**entry, "step": entry["step"] + done} for entry in more]
+    figures = {"train_pairs": len(split.train), "derived_pairs": derived, "test_pairs": len(split.test)}
+    return log, figures | {"rounds": [{"pairs": len(one.train), "bought": one.bought} for one in searched]}
 
 
 # ---- what it has learnt ---------------------------------------------------------------------------------------------
@@ -340,6 +307,65 @@ def score_file(args: argparse.Namespace, base: str) -> None:
             print(json.dumps({**row, "score": round(score, 6)}, ensure_ascii=False))
 
 
+def measure(args: argparse.Namespace, base: str, split: Split, log: list[dict]) -> tuple[RewardModel, dict]:
+    """Calibrate and test what was trained; the figures are those of the summary."""
+    peak = peak_gib()  # of the training alone
+    rm = RewardModel(args.run / "rm", base, args.prompts, args.bits)
+    rm.calibrate(split.stop, args.length_tolerance, args.seed)
+    tests = build_tests(args, split)
+    nulls = null_baselines(args, split, tests)
+    figures = evaluate(args, rm, split.test, tests)
+    for name, test in figures["eval"].items():
+        test["null"] = {rule: rates[name] for rule, rates in nulls.items()}
+    figures["baselines"] = {rule: rates["all"] for rule, rates in nulls.items()}
+    figures["bought"] = bought(*rounds.search_chosen(rm, split.test, SEARCHED, args.seed, held_out=True)[1:])
+    return rm, figures | {"leaks": split.leaks, "leaked": bool(split.leaking), "log": log, "peak_gib": peak}
+
+
+def write_results(args: argparse.Namespace, base: str, started: float, figures: dict) -> None:
+    """Write the card and the summary, and print the tests."""
+    write_card(args, base, figures)
+    run_folder.write_summary(args, "02_summary", started, figures)
+    for name, test in figures["eval"].items():
+        share, lo, hi = (percent(test[key]) for key in ("value", "lo", "hi"))
+        longer, ngrams = (percent(test["null"][rule]["value"]) for rule in ("longer", "ngram"))
+        print(f"02: {name:28} {share:>6}  [{lo}, {hi}]  longer {longer}, n-grams {ngrams}, n {test['n']}")
+    families = ", ".join(f"{name} {percent(rate['value'])}" for name, rate in figures["bought"].items())
+    searched = ", ".join(f"{percent(one['bought']['value'])}, {one['pairs']} pairs" for one in figures["rounds"])
+    if searched:
+        print(f"02: held-out texts bought, and pairs won from training texts, in each search: {searched}")
+    print(f"02: bought by a search on {figures['bought']['all']['n']} chosen texts: {families}")
+    print(f"02: correlation of score and length within chosen texts {figures['length_correlation']:+.2f}")
+    print(f"02: reward model in {args.run / 'rm'}")
+
+
+def harden(args: argparse.Namespace, base: str, split: Split, settings: dict, started: float) -> int:
+    """--hard: go on from the finished rm/ with pairs of its own rollouts, and as many that it has seen."""
+    begun = hard.begin(args, base, split, settings) if run_folder.main_process() else None
+    begun = trainers.gather_rows([begun])[0]
+    if not begun:
+        print(f"02: --hard done already, see {args.run / '02_summary.json'}")
+        return 0
+    seen = random.Random(args.seed).sample(split.train, min(len(split.train), len(begun.train)))
+    args.rounds = 0  # none follows, for which the last epoch would be spared pairs
+    pairs, _, epochs = training_pairs(args, begun.train + seen)
+    stop = split.stop + derived_pairs(split.stop, min(args.derived, 1), args.without, args.seed) + begun.held_out
+    log = train(args, pairs, args.epochs / epochs, stop, base, hard.CHECKPOINTS, args.run / hard.BEFORE)
+    if not run_folder.main_process():
+        return 0
+    rm, figures = measure(args, base, split, log)
+    after = {"eval": figures["eval"], "bought": figures["bought"], "rollouts": hard.won(rm, begun.held_out)}
+    summary = run_folder.read_summary(args.run / hard.BEFORE, "02_summary")
+    started -= summary.pop("seconds")  # the summary is of all that this reward model took
+    figures = summary | figures | {"hard": begun.figures | {"after": after}}
+    figures["ledger"] = open_store(args, "02").ledger()
+    write_results(args, base, started, figures)
+    before = begun.figures["before"]["rollouts"]["value"]
+    print(f"02: held-out pairs of rollouts {percent(before)} before, {percent(after['rollouts']['value'])} after")
+    begun.stage.finish()
+    return 0
+
+
 def main(args: argparse.Namespace) -> int:
     started = time.time()
     base = policy_path(args)
@@ -350,40 +376,22 @@ def main(args: argparse.Namespace) -> int:
     split = split_pairs(args)
     run_folder.open_run(args.run)
     settings = run_folder.settings(args, "data", "training", "models") | {"base": base}
-    # A resumed run may use smaller batches to fit in memory; what counts is how many pairs make an update.
+    # A resumed run may use smaller batches; what counts is how many pairs make an update.
     settings["batch"] = settings.pop("batch_size") * settings.pop("accumulation")
     del settings["batch_size_generate"]
+    if args.hard:
+        silence_libraries()
+        return harden(args, base, split, settings, started)
     stage = run_folder.Stage(args.run, "02_rm", ["rm", "rm_eval.jsonl", "rm_checkpoints"], settings, args.redo)
     if stage.done and run_folder.read_summary(args.run, "02_summary"):
         print(f"02: done already, see {args.run / '02_summary.json'}")
         return 0
 
-    tests = build_tests(args, split)
-    nulls = null_baselines(args, split, tests)
     silence_libraries()
-    pairs, derived, epochs = training_pairs(args, split.train)
-    held_out = split.stop + derived_pairs(split.stop, args.derived, args.without, args.seed)
-    log = train(args, pairs, args.epochs / epochs, held_out, base)
-    if not run_folder.main_process():
-        return 0
-    peak = peak_gib()  # of the training alone
-    rm = RewardModel(args.run / "rm", base, args.prompts, args.bits)
-    rm.calibrate(split.stop, args.length_tolerance, args.seed)
-    figures = {"train_pairs": len(split.train), "derived_pairs": derived, "test_pairs": len(split.test)}
-    figures |= evaluate(args, rm, split.test, tests)
-    for name, test in figures["eval"].items():
-        test["null"] = {rule: rates[name] for rule, rates in nulls.items()}
-    figures["baselines"] = {rule: rates["all"] for rule, rates in nulls.items()}
-    figures |= {"leaks": split.leaks, "leaked": bool(split.leaking), "log": log, "peak_gib": peak}
-    write_card(args, base, figures)
-    run_folder.write_summary(args, "02_summary", started, figures)
-    stage.finish()
-    for name, test in figures["eval"].items():
-        share, lo, hi = (percent(test[key]) for key in ("value", "lo", "hi"))
-        longer, ngrams = (percent(test["null"][rule]["value"]) for rule in ("longer", "ngram"))
-        print(f"02: {name:28} {share:>6}  [{lo}, {hi}]  longer {longer}, n-grams {ngrams}, n {test['n']}")
-    print(f"02: correlation of score and length within chosen texts {figures['length_correlation']:+.2f}")
-    print(f"02: reward model in {args.run / 'rm'}")
+    log, figures = train_in_rounds(args, base, split)
+    if run_folder.main_process():
+        write_results(args, base, started, figures | measure(args, base, split, log)[1])
+        stage.finish()
     return 0
 
 

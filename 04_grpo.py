@@ -20,7 +20,8 @@ The loop of GRPO is TRL's. One step of it:
 --watch-every and --save-every count GRPO steps.
 
 Every --watch-every steps a rubric, which is not a reward, grades greetings for the same queries. Where the reward has
-risen and these grades have fallen beyond noise, the policy is gaming its reward (common/watch.py).
+risen and these grades have fallen beyond noise, or where completions show more and more signs of not being greetings
+(common/signs.py), the policy is gaming its reward (common/watch.py).
 
 Reads   queries, sft.jsonl (none), rm/ (rm), principles.jsonl (judge), policy_sft/ (rm and judge)
 Writes  policy_sft/, policy_rm/ or policy_judge/, policy_*_best/ (the best that the watch saw), policy_*_checkpoints/,
@@ -58,16 +59,18 @@ from common.policy import (
     silence_libraries,
 )
 from common.prompts import conversation, prompt_hashes
-from common.rewards import GAMING, Rewards
+from common.rewards import Rewards
+from common.signs import COUNTED
 from common.store import open_store
 from common.watch import Watch, first_and_last_tenth, watch_callback
 
 OFFLINE = {"bits": 16, "engine": "hf", "sft_epochs": 4, "sft_learning_rate": 2e-3, "save_every": 4, "watch_every": 4}
-OFFLINE |= {"learning_rate": 1.5e-3, "kl": 0.05, "steps": 24, "samples": 8, "queries_per_step": 16, "mini_batch": 8}
+OFFLINE |= {"learning_rate": 1.5e-3, "kl": 0.05, "steps": 48, "samples": 8, "queries_per_step": 16, "mini_batch": 8}
 OFFLINE |= {"micro_batch": 64, "max_tokens": 48}
 RATIO = "sampling/importance_sampling_ratio"  # TRL's name for the trainer's probability over the engine's
 PANELS = {"reward": ["reward", "reward_std"], "length, diversity": ["reward_length_correlation", "distinct_2"]}
 PANELS |= {"tokens": ["completions/mean_length"], "KL, gap, ratio": ["kl", GAP, f"{RATIO}/min"]}
+PANELS |= {"signs": [f"signs/{name}" for name in COUNTED]}
 PANELS |= {"shares": ["frac_reward_zero_std", "completions/clipped_ratio"]}
 
 
@@ -88,7 +91,7 @@ def parse_args() -> argparse.Namespace:
     add("--watch-queries", type=run_folder.positive, default=64, help="that it looks at (%(default)s)")
     # The rest changes when a run stops and what it saves, not what it computes.
     add = parser.add_argument_group("course of the run").add_argument
-    add("--stop-on-hack", action="store_true", help="end when the reward rises and the watch's grades fall")
+    add("--stop-on-hack", action="store_true", help="end when the watch says that the reward is gamed")
     gap = "mean difference of a token's log-probability, engine to trainer, that always stops the run (%(default)s)"
     add("--max-gap", type=float, default=0.05, help=gap)
     add("--save-every", type=run_folder.positive, default=10, help="GRPO steps between checkpoints (%(default)s)")
@@ -232,6 +235,10 @@ def grpo_figures(args: argparse.Namespace, trainer, steps: list[dict], looks: li
     syncs = trainer.vllm_generation.syncs if args.engine == "vllm" else []  # (seconds, bytes)
     rewarded = [row for row in steps if "reward" in row]  # a second update from the same rollouts logs none
     first, last = first_and_last_tenth([row["reward"] for row in rewarded])
+    signs = {}
+    for name in COUNTED:
+        early, late = first_and_last_tenth([row[f"signs/{name}"] for row in rewarded])
+        signs[name] = {"first": early, "last": late}
     store = open_store(args, f"04_{args.reward}")
     return {
         "steps": trainer.state.global_step,
@@ -243,7 +250,7 @@ def grpo_figures(args: argparse.Namespace, trainer, steps: list[dict], looks: li
         "cut_off": mean("completions/clipped_ratio"),  # share of the completions, at --max-tokens
         "reward": {"first": first, "last": last},
         "completions": args.mini_batch * args.samples * len(steps),
-        "gaming": {name: mean(name) for name in GAMING},
+        "signs": signs,
         "failed_judgements": int(sum(row["failed_judgements"] for row in rewarded)),
         "watch": [{name: value for name, value in look.items() if name != "grades"} for look in looks],
         "peak_gib": peak_gib(),

@@ -4,13 +4,14 @@ Greetings of base, SFT, both GRPO policies, further policies and models behind a
 dimensions by the rubric (excellent: weighted mean of at least 2), compared two by two in both orders, and judged by
 the refined judge of step 3, the five agents of step 1 and the reward model of step 2. Every evaluator is itself
 evaluated on labelled greetings, and on people's ratings where there are any, next to two baselines that understand
-nothing: text length and character n-grams.
+nothing: text length and character n-grams; and a search looks for spoilt greetings with which judge, rubric and reward
+model can be bought.
 
 Reads   held-out queries, labelled greetings, references, the policies, rm/ and principles.jsonl of the run, summaries
         of 01 to 04; ablations.jsonl where tools/ablations.py has made it
 Writes  generations/NAME.jsonl for each policy, generations.jsonl, scores.jsonl, labelled_scores.jsonl,
-        comparisons.jsonl, curve.jsonl; results.jsonl, report.html, report.md, annotate.html (a page on which people
-        rate), 05_summary.json
+        comparisons.jsonl, curve.jsonl; bought.jsonl, bought.json (with --search); results.jsonl, report.html,
+        report.md, annotate.html (a page on which people rate), 05_summary.json
 Paper   arXiv 2508.21476: language 30, creativity 30, emotion 15, culture 15, richness 10; each 1-3. Departures:
         nothing written for another occasion or person is excellent (prompts/rubric.md);
         intervals by bootstrap over queries; scores at equal length, diversity, null baselines, cost with each score.
@@ -25,9 +26,10 @@ import asyncio
 import sys
 import time
 from collections import Counter
-from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from pathlib import Path
+
+from tqdm import tqdm
 
 from common import records, run_folder, stats
 from common.answers import Preferred, Unusable
@@ -40,6 +42,7 @@ from common.greetings import Policy, client_at, greeting_settings, greetings_of,
 from common.judge import Version, add_grades, add_verdict, current_principles
 from common.policy import policy_path, silence_libraries
 from common.prompts import prompt_hashes
+from common.report import bought
 from common.report.cost import ROUTES, rollouts
 from common.report.evaluators import comparison, labelled_pairs, labelled_rows
 from common.report.figures import Scored, report_figures, result_rows
@@ -61,12 +64,18 @@ def parse_args() -> argparse.Namespace:
     scores("--pairwise", type=int, default=200, help="queries on which policies are compared in pairs (%(default)s)")
     scores("--eval-model", help="model of rubric and comparisons, for evaluation alone (--model)")
     scores("--eval-base-url", type=address, help="its endpoint (--base-url)")
+    adversary = parser.add_argument_group("search").add_argument
+    costs = "offline 120, else 0: up to 128 questions for each"
+    adversary("--search", type=int, metavar="N", help=f"good greetings to buy evaluators with ({costs})")
     key = parser.add_argument_group("key of the evaluation's endpoint").add_argument  # no setting of any stage
     key("--eval-api-key-env", type=variable, help="variable that holds it (--api-key-env, at the same address)")
     people = parser.add_argument_group("people").add_argument
     people("--annotate", type=run_folder.positive, default=30, help="queries on the rating page (%(default)s)")
     people("--annotations", type=Path, nargs="*", default=[], help="what people saved from annotate.html")
-    return parse_greeting_args(parser)
+    args = parse_greeting_args(parser)
+    if args.search is None:
+        args.search = 120 if args.offline and not (args.eval_model or args.eval_base_url) else 0
+    return args
 
 
 # ---- evaluators -----------------------------------------------------------------------------------------------------
@@ -116,19 +125,6 @@ async def add_outcome(client: Client, row: dict, one: dict, other: dict, failure
     row["outcome"] = shares[first.better] if row["same"] else 0.5
 
 
-async def with_bar(title: str, work: list[Coroutine]) -> None:
-    """Do all of the work at once, with one progress bar."""
-    from tqdm import tqdm
-
-    with tqdm(total=len(work), desc=title) as bar:
-
-        async def counted(one: Coroutine) -> None:
-            await one
-            bar.update()
-
-        await gather_all(*map(counted, work))
-
-
 # ---- the stages -----------------------------------------------------------------------------------------------------
 
 
@@ -175,7 +171,11 @@ async def score(
         for row, (one, other) in zip(comparisons, pairs, strict=True):
             work.append(add_outcome(rubric, row, one, other, failures))
         work += [add_agents_verdict(agents, retrieval, row, failures) for row in greetings + test]
-        await with_bar("evaluators", work)
+        with tqdm(total=len(work), desc="evaluators") as bar:
+            tasks = [asyncio.ensure_future(one) for one in work]
+            for task in tasks:
+                task.add_done_callback(lambda _: bar.update())
+            await gather_all(*tasks)
 
     # The reward model runs here, after the clients are closed. It scores all parts of the labelled rows, because its
     # threshold for "good" is fitted on those that are not in `test`.
@@ -190,27 +190,57 @@ async def score(
     return failures
 
 
-def scores_stage(args: argparse.Namespace, policies: list[Policy]) -> Stage:
-    made_with = run_folder.settings(args, "greetings", "scores", "models") | {
-        "queries": run_folder.file_hash(args.queries),
+def search(args: argparse.Namespace, base: str, labelled: list[dict]) -> Counter:
+    """Look for what every evaluator but the five agents can be bought with; returns the failures by reason."""
+    failures: Counter = Counter()
+    sources = bought.good_greetings(labelled, args.search, args.seed)
+    path = args.run / "principles.jsonl"
+    principles = current_principles(path) if path.is_file() else []
+
+    async def ask_judges() -> dict[str, bought.Found]:
+        async with AsyncExitStack() as stack:
+            agents, rubric, _ = await open_clients(args, [], stack)
+            return await bought.search_judges(agents, rubric, principles, sources, failures)
+
+    found = asyncio.run(ask_judges())
+    found |= bought.search_the_others(args, base, labelled, sources)  # after the clients are closed, as in `score`
+    bought.keep(args, sources, found)
+    return failures
+
+
+def evaluators(args: argparse.Namespace, prompts: list[str]) -> dict:
+    """What the evaluators depend on, in the settings of both stages that ask them."""
+    return run_folder.settings(args, "models") | {
         "labelled": run_folder.file_hash(args.labelled),
-        "greetings": {policy.name: run_folder.digest(greeting_settings(args, policy)) for policy in policies},
-        "references": run_folder.file_hash(args.references),
         "endpoint": endpoint_name(args),
-        "prompts": prompt_hashes(["rubric", "pairwise", "detector", *ROLES], args.prompts),
+        "prompts": prompt_hashes(prompts, args.prompts),
         "principles": run_folder.file_hash(args.run / "principles.jsonl"),
         "rm": run_folder.file_hash(args.run / "rm/adapter_model.safetensors"),
     }
+
+
+def scores_stage(args: argparse.Namespace, policies: list[Policy]) -> Stage:
+    made_with = evaluators(args, ["rubric", "pairwise", "detector", *ROLES])
+    made_with |= run_folder.settings(args, "greetings", "scores")
+    made_with["queries"], made_with["references"] = map(run_folder.file_hash, (args.queries, args.references))
+    made_with["greetings"] = {policy.name: run_folder.digest(greeting_settings(args, policy)) for policy in policies}
     return Stage(args.run, "05_scores", ["generations.jsonl", *Scored.FILES], made_with, args.redo)
+
+
+def search_stage(args: argparse.Namespace) -> Stage:
+    made_with = evaluators(args, ["rubric", "detector"]) | run_folder.settings(args, "search")
+    made_with["families"] = run_folder.file_hash(ROOT / "data/spoilt.json")
+    made_with["judge"] = args.eval_model, args.eval_base_url
+    return Stage(args.run, "05_search", bought.FILES, made_with, args.redo)
 
 
 def pages_stage(args: argparse.Namespace) -> Stage:
     """The pages are made again whenever something they show has changed: what they are made from is kept."""
-    made_with = run_folder.settings(args, "people")
+    made_with = run_folder.settings(args, "people", "search")
     made_with["templates"] = run_folder.file_hash(TEMPLATES)
     code = [Path(__file__), *sorted((ROOT / "common").rglob("*.py"))]
     made_with["code"] = [run_folder.file_hash(path) for path in code]
-    shown = [*Scored.FILES, "ablations.jsonl"]
+    shown = [*Scored.FILES, "ablations.jsonl", bought.FILES[1]]
     for steps in ROUTES.values():
         shown += [f"{step}.json" for step in steps]
     made_with |= {name: run_folder.file_hash(args.run / name) for name in shown}
@@ -239,11 +269,20 @@ def main(args: argparse.Namespace) -> int:
         if not failures:
             scores.finish()
 
+    searched = search_stage(args) if args.search else None
+    if searched and not searched.done:
+        silence_libraries()
+        missed = search(args, base, labelled)
+        failures += missed
+        if not missed:
+            searched.finish()
+
     pages = pages_stage(args)
     done = scores.done and pages.done
     if not done:
         scored = Scored(*(records.read_lines(args.run / file) for file in Scored.FILES))
         figures = report_figures(args, policies, scored, read_ratings(args, scored.greetings))
+        figures["bought"] = run_folder.read_summary(args.run, "bought") if args.search else {}
         figures |= {"finding": finding(figures), "failures": failures}
         records.write(args.run / "results.jsonl", result_rows(figures))
         write_pages(args, figures, scored.greetings, rating_page(args, scored.greetings, order))

@@ -2,7 +2,7 @@
 
     python bench/critic.py
 
-prints how strange known, unknown and shuffled greetings are to the critic (ODD, BROKEN in common/offline/language.py),
+prints how strange known, unknown and shuffled greetings are to the critic (ODD, BROKEN in common/characters.py),
 how many read better from their end (BACKWARDS), and how often a greeting without a sign of its occasion is more like
 another one's greetings (fit_occasions).
 """
@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common.lexicon import OCCASIONS, kindred
-from common.offline.flaws import signs_of
-from common.offline.language import BACKWARDS, REFERENCES, CharacterModel, fit_occasions
+from common.characters import BACKWARDS, REFERENCES, CharacterModel
+from common.lexicon import OCCASIONS, kindred, signs_of
+from common.offline.flaws import fit_occasions
 from common.records import Reference, read
 
 PARTS = 8

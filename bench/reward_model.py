@@ -2,7 +2,7 @@
 
     python data/import_paper.py CLONE --out data/paper
     python bench/reward_model.py                              # seeds 0, 1, 2; some hours on two cores
-    python bench/reward_model.py --each --pairs 2500 --seeds 0 --epochs 1.5   # what each kind of spoilt text is worth
+    python bench/reward_model.py --each --pairs 2500 --seeds 0 --epochs 1.5   # what each family is worth
 
 Plain: the pairs as released, no calibration. Calibrated: the same with the control of length alone. Robust: step 2's
 defaults, which show each released pair twice an epoch, beside its spoilt forms. Epochs, test pairs and attacks are the
@@ -20,18 +20,11 @@ from scipy.stats import spearmanr
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from common.spoilt import FAMILIES
 from common.stats import rate
 
 PLAIN = ["--derived", "0"]
 KINDS = {"plain": [*PLAIN, "--length-tolerance", "1"], "calibrated": PLAIN, "robust": []}
-# Kinds of spoilt texts that are left out together. No two of a group are alike, so that those that could stand in for a
-# kind remain, and what is measured is what it adds to all others.
-GROUPS = [
-    ["other_occasion", "pasted_twice", "flattery", "characters_shuffled"],
-    ["clause_repeated", "instruction", "cut"],
-    ["clauses_shuffled", "padded", "bare"],
-    ["foreign", "other_recipient"],
-]
 WORTH = 0.01  # standard deviations of the score
 PAID, PAID_RANKS = f"all, were a character worth {WORTH}", f"correlation of ranks, were a character worth {WORTH}"
 TAKEN = "subtracted per character, standard deviations"
@@ -123,17 +116,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--pairs", type=int, help="train on the first this many pairs only")
     parser.add_argument("--epochs", type=float, default=2, help="times over the pairs (%(default)s)")
-    parser.add_argument("--each", action="store_true", help="leave out kinds of spoilt texts, one group after another")
+    parser.add_argument("--each", action="store_true", help="leave out one family of spoilt texts after another")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     rows = (args.data / "preferences.train.jsonl").open("rb").readlines()
     (args.out / f"train_{args.pairs}.jsonl").write_bytes(b"".join(rows[: args.pairs]))
     if args.each:
         whole = [train(args, "robust", seed, []) for seed in args.seeds]
-        for n, group in enumerate(GROUPS):
-            less = [train(args, f"without_{n}", seed, ["--without", *group]) for seed in args.seeds]
-            attacks = [f"attack: {name}" for name in group]
-            show({"all kinds": whole, f"without {', '.join(group)}": less}, [*attacks, "all"])
+        for family in FAMILIES:
+            less = [train(args, f"without_{family}", seed, ["--without", family]) for seed in args.seeds]
+            attacks = [f"attack: {family}", f"attack: {family}, unseen kinds"]
+            show({"all families": whole, f"without {family}": less}, [*attacks, "all"])
         return
     runs = {kind: [train(args, kind, seed, flags) for seed in args.seeds] for kind, flags in KINDS.items()}
     show(runs, list(figures(runs["robust"][0])))

@@ -30,9 +30,9 @@ from types import MethodType
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from bench.memory import copy_of
+from common.characters import REFERENCES
 from common.grpo_trainer import GAP, grpo_trainer, of_like_length
 from common.offline.flaws import FLAWS
-from common.offline.language import REFERENCES
 from common.offline.tiny_model import tiny_policy
 from common.policy import generate, load_policy, lora, silence_libraries
 from common.prompts import PROMPTS, conversation

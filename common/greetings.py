@@ -16,7 +16,7 @@ from common.engine import Writer, add_engine_flag, choose_engine
 from common.policy import add_policy_flags, check_adapter, find_policy
 from common.prompts import conversation, prompt_hashes
 
-# The evaluator that was the reward of a policy, known by its folder: its score there is no independent evidence.
+# The evaluator that was the reward of a policy, known by its folder.
 REWARDS = {"policy_rm": "reward_model", "policy_judge": "judge"}
 # The policies of a run after the base, in the order of their making: name -> (folder, --reward of step 4).
 OWN = {"sft": ("policy_sft", "none"), "grpo_rm": ("policy_rm", "rm"), "grpo_judge": ("policy_judge", "judge")}
@@ -32,9 +32,14 @@ class Policy(NamedTuple):
     api: tuple[str, str, str] | None = None  # (model, endpoint, variable of its key or "")
 
     @property
-    def reward(self) -> str | None:
-        """The evaluator that was its reward."""
-        return REWARDS.get(self.adapter.name) if self.adapter else None
+    def trained_on(self) -> list[str]:
+        """The evaluators that it was trained on, whose scores are no independent evidence for it.
+
+        Its reward, and the rubric where that has told the reward model what it overrates (02_train_rm.py --hard).
+        """
+        own = [REWARDS[self.adapter.name]] if self.adapter and self.adapter.name in REWARDS else []
+        taught = own == ["reward_model"] and run_folder.read_summary(self.adapter.parent, "02_summary").get("hard")
+        return [*own, "rubric"] if taught else own
 
 
 class Greeting(records.Record):

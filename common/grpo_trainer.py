@@ -64,22 +64,27 @@ def log_probabilities(trainer, model, ids, mask, width: int, most: int):
     """(log-probabilities, entropies), both (rows, width), of the last `width` tokens of each row: its completion.
 
     `ids` and `mask` are (rows, columns), prompts padded on the left, completions on the right. A prompt is computed
-    once for all of its completions, and a pass is no wider than its own longest row (trl#7179). Where activations are
-    computed again, as on a GPU, the backward pass cannot go through a cache: there each row brings its prompt.
+    once for all of its completions, and a pass is no wider than its own longest row (trl#7179). Each row brings its
+    prompt where the base keeps more than keys and values (a sliding window, a state), and where activations are
+    computed again in the backward pass, as on a GPU, which cannot go through a cache.
     """
     import torch
     from torch.nn.functional import pad
     from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
 
     begin, prompts_end = int(mask.any(0).nonzero()[0]), ids.shape[1] - width
-    shared = not (torch.is_grad_enabled() and trainer.args.gradient_checkpointing)
+    read = prompts_end - 1  # a prompt's last token predicts the first of its completion
+    shared = read > begin and not (torch.is_grad_enabled() and trainer.args.gradient_checkpointing)
     if shared:
-        read = prompts_end - 1  # a prompt's last token predicts the first of its completion
         prompts = torch.stack([ids, mask], 1)[:, :, begin:read]
         prompts, prompt_of = prompts.unique(dim=0, return_inverse=True)
+        base = trainer.accelerator.unwrap_model(model).get_base_model()
         with trainer.accelerator.autocast():
-            first = model(input_ids=prompts[:, 0], attention_mask=prompts[:, 1], use_cache=True, logits_to_keep=1)
-    else:
+            first = base.base_model(input_ids=prompts[:, 0], attention_mask=prompts[:, 1], use_cache=True)
+        layers = first.past_key_values.layers
+        shared = all(type(layer) is DynamicLayer for layer in layers)
+    if not shared:
         read = begin
     lengths, by_length = mask[:, read:].sum(1).sort()
     logps, entropies = [], []
@@ -90,8 +95,7 @@ def log_probabilities(trainer, model, ids, mask, width: int, most: int):
         inputs = {"input_ids": ids[rows, read:end], "attention_mask": mask[rows, begin:end], "labels": labels}
         if shared:
             mine = prompt_of[rows]
-            cache = [(layer.keys[mine], layer.values[mine]) for layer in first.past_key_values.layers]
-            inputs["past_key_values"] = DynamicCache(cache)
+            inputs["past_key_values"] = DynamicCache([(layer.keys[mine], layer.values[mine]) for layer in layers])
         with trainer.accelerator.autocast():
             outputs = model(**inputs, fused_lm_head=True)
         missing = (0, ids.shape[1] - end)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 from functools import lru_cache
 
 from common.run_folder import ROOT, read_text
@@ -13,6 +14,7 @@ ADDRESS = LEXICON["forms_of_address"]  # words of address (a pattern) -> the rec
 STOCK = LEXICON["stock_phrases"].split()
 IMAGES = set(LEXICON["images"])  # single characters that stand for concrete things
 WARM = re.compile(LEXICON["warm"])
+FELICITATION = re.compile(LEXICON["signs"]["felicitation"])  # a query that is itself a wish
 
 
 def clauses(text: str) -> list[str]:
@@ -24,6 +26,11 @@ def clauses(text: str) -> list[str]:
 def occasions_in(query: str) -> frozenset[str]:
     """The occasions that a query asks for: none where it names none, several where it is ambiguous."""
     return frozenset(name for name, occasion in OCCASIONS.items() if re.search(occasion["asked"], query))
+
+
+def signs_of(occasions: Iterable[str], text: str) -> bool:
+    """Whether the text has a sign of one of these occasions."""
+    return any(re.search(OCCASIONS[name]["signs"], text) for name in occasions)
 
 
 def kindred(*occasions: str) -> set[str]:
@@ -42,3 +49,45 @@ def recipients_in(query: str) -> frozenset[str]:
     if recipients & {"男朋友", "女朋友"}:  # both contain 朋友, and are more than that
         recipients.discard("朋友")
     return frozenset(recipients)
+
+
+def strangers(query: str) -> list[str]:
+    """The forms of address (patterns) that fit none of those for whom a query asks."""
+    wanted = recipients_in(query) or {"大家", "朋友"}
+    return [words for words, fits in ADDRESS.items() if wanted.isdisjoint(fits) and not re.search(words, query)]
+
+
+# What a query says of the task, at its end or its beginning; what is left is its core.
+ASKING = re.compile(
+    r"(的?(祝福语?|祝词|贺词|贺卡|祝贺|问候语?|寄语|短信|文案|留言|致辞|消息|卡片|话)|(怎么|怎样|该|如何|想)[^节日]{0,6}"
+    r"|(写|发|说|来|送|讲)(给|点|个|段|句|条|一|几|些|什么|啥|两)[^节日]{0,6})$"
+    r"|^(请|帮我|麻烦)?(写|发|来|说|送)(给|一?[个句段条份点]|几句|给)+"
+)
+
+
+@lru_cache(maxsize=4096)
+def core(query: str) -> str:
+    """The words of a query that name its occasion or person, without those that ask for a greeting, if 4 or more."""
+    part = re.split(r"[\s，,。；;！!？?：:]+", query.strip())[0]
+    shorter = ASKING.sub("", ASKING.sub("", part))
+    for words in (shorter, part):
+        if len(words) >= 4 and not FELICITATION.search(words):
+            return words
+    return query.strip()
+
+
+def breaks_constraint(query: str, text: str) -> bool:
+    """Whether a text is not of the length or in the style that its query asks for, as far as a rule can tell."""
+    characters = "".join(clauses(text))
+    exact = re.search("(?<![一二三四五六七八九十])([四五六七八十])个?字(?!以内|之内)", query)
+    if exact:  # so many characters in all, or in every line
+        wanted = {"四": 4, "五": 5, "六": 6, "七": 7, "八": 8, "十": 10}[exact[1]]
+        return len(characters) > wanted + 2 and len(characters) % wanted > 2
+    if re.search("一句话|一句就好|简短|短句|短一点|字以内", query) and len(characters) > 45:
+        return True
+    if re.search("古风|文言|古诗|诗词", query):
+        classical = re.findall("[君兮之乎矣卿吾汝尔岁朝暮盏樽愿且莫何归与此吟遥伏惟昔今]", text)
+        if len(classical) < 2 or re.search("啦|吧|呀|的", text):
+            return True
+    plain = re.search("(不要|别用|不用)(成语|套话)", query)
+    return bool(plain) and any(phrase in text for phrase in STOCK)

@@ -68,6 +68,7 @@ class RewardModel:
 
     def __init__(self, folder: Path, base: str, prompts: Path, bits: int = 0):
         """`bits` of the base are those that it was trained with; named here only before it is calibrated."""
+        import torch
         from peft import PeftModel
         from transformers import AutoModelForSequenceClassification
 
@@ -85,6 +86,8 @@ class RewardModel:
         model = load_base(AutoModelForSequenceClassification, base, self.bits, num_labels=1)
         model.config.pad_token_id = self.tokenizer.pad_token_id
         self.model = PeftModel.from_pretrained(model, folder).eval()
+        if self.model.dtype == torch.float32:  # one product for each layer instead of three
+            self.model.merge_adapter()
         compute_in_fp32(self.model.base_model.model.score.modules_to_save["default"])
 
     def calibrate(self, pairs: list[Preference], tolerance: float, seed: int) -> None:

@@ -8,7 +8,6 @@ import argparse
 import asyncio
 import json
 import math
-import re
 import sys
 import time
 from concurrent.futures import Future
@@ -20,15 +19,11 @@ from common.client import Client, gather_all
 from common.judge import current_principles, judge_greeting
 from common.reward_model import RewardModel
 from common.run_folder import Stop, main_process
+from common.signs import COUNTED, counted
 from common.texts import ngrams
 from common.trainers import gather_rows
 
 PAUSES = (5.0, 30.0)  # seconds before a step's failed judgements are asked for again, if they are over a fifth
-# What a policy learns to write if it is rewarded for it: shares of the completions, in every step's metrics.
-GAMING = {
-    "written_twice": re.compile(r"(.{6,}?)(\W*\1)+\W*", re.DOTALL),
-    "flatters_reviewer": re.compile(".*(评委|评审|打分|满分|高分).*", re.DOTALL),
-}
 
 Reward = tuple[float | None, str]  # (reward, the judge's reason or why there is no reward)
 
@@ -143,7 +138,8 @@ def figures_of(gathered: list[tuple[tuple[str, str], Reward]]) -> dict[str, floa
     for text in texts:
         pairs += ngrams(text, 2)
     figures = {"reward_length_correlation": correlation, "distinct_2": len(set(pairs)) / max(1, len(pairs))}
-    for name, pattern in GAMING.items():
-        figures[name] = sum(bool(pattern.fullmatch(text)) for text in texts) / len(texts)
+    shown = [counted(query, text) for (query, text), _ in gathered]
+    for name in COUNTED:
+        figures[f"signs/{name}"] = sum(name in some for some in shown) / len(texts)
     figures["failed_judgements"] = float(len(gathered) - len(rewarded))
     return figures

@@ -3,6 +3,7 @@
 Every interval is 95%. The bootstrap draws queries again, not rows: several greetings for one query are not independent.
 """
 
+import math
 from collections.abc import Iterable
 
 RESAMPLES = 2000  # of the queries, for the interval of a mean or of kappa
@@ -72,6 +73,33 @@ def times_drawn(n: int, resamples: int):
     import numpy as np
 
     return np.vstack([np.ones(n), np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), resamples)])
+
+
+def chance_of_rise(before: list[list[bool]], after: list[list[bool]]) -> float:
+    """The one-sided p-value of a rise of the share of hits; each inner list is a group, whose hits resemble each other.
+
+    n hits and misses in groups say no more than n / d independent ones. d, the design effect, is the variance of the
+    groups' counts over that of independent hits, of both sides together and never below 1. Counts divided by d are
+    tested as independent ones are (Rao & Scott 1992, Biometrics 48, 577), by Fisher's exact test. 1 where one side has
+    fewer than 8 groups: the variance of fewer is too uncertain, and p too small up to nine times in simulations.
+    """
+    from statistics import variance
+
+    from scipy.stats import hypergeom
+
+    if min(len(before), len(after)) < 8:
+        return 1.0
+    sizes = [sum(map(len, groups)) for groups in (before, after)]
+    hits = [sum(map(sum, groups)) for groups in (before, after)]
+    observed = independent = 0.0  # variances of the two sums of hits
+    for groups, n, hit in zip((before, after), sizes, hits, strict=True):
+        observed += len(groups) * variance(sum(group) - hit / n * len(group) for group in groups)
+        independent += hit * (1 - hit / n)
+    # Where there are hits alone or misses alone, the groups may have said no more than one text of each would have.
+    effect = max(1.0, observed / independent) if independent else sum(sizes) / (len(before) + len(after))
+    early, late = math.ceil(hits[0] / effect), math.floor(hits[1] / effect)
+    n_early, n_late = (max(1, round(size / effect)) for size in sizes)
+    return float(hypergeom.sf(late - 1, n_early + n_late, early + late, n_late))
 
 
 # ---- means over queries ---------------------------------------------------------------------------------------------

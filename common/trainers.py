@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from common.policy import MAX_PROMPT, load_tokenizer
+from common.policy import MAX_PROMPT, load_tokenizer, multiplies_in_bf16
 from common.prompts import conversation
 from common.records import Query, read
 from common.run_folder import ROOT, fail, main_process, positive, replace_file
@@ -46,12 +46,22 @@ def fitting_queries(args: argparse.Namespace, base: str) -> list[Query]:
     return fitting
 
 
-def trainer_settings(model) -> dict:
-    """Settings that every TRL trainer of this model shares: bf16 where its base is, what else a GPU asks for."""
+def trainer_settings(model, autocast: bool = False) -> dict:
+    """Settings that every TRL trainer of this model shares: bf16 where its base is, what else a GPU asks for.
+
+    autocast: bf16 also on a base in fp32, where that is quicker.
+    """
     import torch
 
-    cuda = torch.cuda.is_available()
-    return {"bf16": model.dtype == torch.bfloat16, "use_cpu": not cuda, "gradient_checkpointing": cuda}
+    cuda, half = torch.cuda.is_available(), model.dtype == torch.bfloat16
+    settings = {
+        "bf16": half or (autocast and multiplies_in_bf16()),
+        "use_cpu": not cuda,
+        "gradient_checkpointing": cuda,
+    }
+    # Of an update each of several processes makes as many passes as its rows need; to send buffers in each, as DDP does
+    # by default, they would wait for each other for ever.
+    return settings | {"ddp_broadcast_buffers": False}
 
 
 def per_process(batch: int, accumulation: int) -> tuple[int, int]:

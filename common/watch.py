@@ -1,6 +1,8 @@
 """The watch over GRPO: a rubric that is no reward grades greetings for the same queries, again and again.
 
-Where the reward has risen and these grades have fallen beyond noise, the policy is gaming its reward.
+Where the reward has risen and these grades have fallen beyond noise, the policy is gaming its reward. A rubric may
+share the reward's holes, so the watch also counts what needs no grade: completions that show signs of a family of
+spoilt texts (signs.py). Where one of these shares has risen beyond noise, it warns as well.
 """
 
 import argparse
@@ -20,7 +22,10 @@ from common.policy import generate, save_adapter
 from common.prompts import conversation
 from common.records import Query, read_lines
 from common.run_folder import main_process
+from common.signs import COUNTED, counted
 from common.trainers import gather_rows
+
+CHANCE = 0.01  # at most, that a run whose texts vary by chance alone is ever warned of for the signs that they show
 
 
 def first_and_last_tenth(values: list[float]) -> tuple[float, float]:
@@ -41,14 +46,22 @@ class Watch:
     def look(self, model, tokenizer, step: int, rewards: list[float]) -> dict:
         """The row that it appends to watch_*.jsonl; `rewards` are the mean rewards of the steps so far."""
         grades = asyncio.run(self.grade(self.write(model, tokenizer)))
-        row = compare(step, grades, read_lines(self.path), rewards)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({**row, "grades": grades}) + "\n")
+        row, reasons = compare(step, grades, read_lines(self.path), rewards), []
         if row["hack"]:
             gap = row["difference"]
             fall = f"{gap['value']:+.2f} [{gap['lo']:+.2f}, {gap['hi']:+.2f}] since step {row['against']}"
-            message = f"the reward rises, the rubric's mean grade falls ({fall}): the policy games its reward"
-            tqdm.write(f"step {step}: {message}; its best is in policy_{self.args.reward}_best", file=sys.stderr)
+            reasons.append(f"the reward rises, the rubric's mean grade falls ({fall})")
+        row["rises"] = rises(read_lines(self.args.run / f"rollouts_{self.args.reward}.jsonl"), self.args.watch_every)
+        for sign, share in row["rises"].items():
+            sign = "any family" if sign == "any" else sign
+            reasons.append(f"signs of {sign} rise from {share['from']:.0%} to {share['to']:.0%} of the completions")
+            row |= {"hack": True, "best": False}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({**row, "grades": grades}) + "\n")
+        if reasons:
+            best = f"policy_{self.args.reward}_best"
+            kept = f"; its best is in {best}" if (self.args.run / best).is_dir() else ""
+            tqdm.write(f"step {step}: {'; '.join(reasons)}: the policy games its reward{kept}", file=sys.stderr)
         return row
 
     def write(self, model, tokenizer) -> list[str]:
@@ -86,6 +99,35 @@ def compare(step: int, grades: list[float | None], earlier: list[dict], rewards:
         row["hack"] = last > first and row["difference"]["n"] > 1 and row["difference"]["hi"] < 0
     row["best"] = bool(usable) and (not bests or quality > bests[-1]["quality"])
     return row
+
+
+def rises(rollouts: list[dict], every: int) -> dict[str, dict]:
+    """{family or "any": {"from", "to", "p"}}: signs that the last `every` steps show more often than the first did.
+
+    Rows have `step`, `query` and `response`. The completions of one query in one step are alike, and are one group of
+    the test (stats.chance_of_rise). All looks of a run together warn of chance in at most CHANCE of the runs without
+    any learning: the k-th comparison may use up CHANCE / k(k + 1) of it, which adds up to CHANCE however many there
+    will be, in equal parts for each name (Bonferroni).
+    """
+    steps = sorted({row["step"] for row in rollouts})
+    comparison = len(steps) // every - 1
+    if comparison < 1:
+        return {}
+    sides: list[dict] = [{}, {}]  # of the first steps, and of the last: (step, query) -> what each completion shows
+    for side, compared in zip(sides, (steps[:every], steps[-every:]), strict=True):
+        for row in rollouts:
+            if row["step"] in compared:
+                side.setdefault((row["step"], row["query"]), []).append(counted(row["query"], row["response"]))
+    found = {}
+    for name in COUNTED:
+        hits = []
+        for side in sides:
+            hits.append([[name in shown for shown in group] for group in side.values()])
+        p = stats.chance_of_rise(*hits)
+        if p < CHANCE / (comparison * (comparison + 1)) / len(COUNTED):
+            early, late = (sum(map(sum, side)) / sum(map(len, side)) for side in hits)
+            found[name] = {"from": round(early, 4), "to": round(late, 4), "p": p}
+    return found
 
 
 def watch_callback(args: argparse.Namespace, watch: Watch, updates: int):

@@ -43,7 +43,7 @@ def small_steps(folder: Path) -> dict[str, list]:
         "04_sft": ["04_grpo.py", "--reward", "none", "--sft-epochs", 1],
         "04_rm": [*grpo, "--reward", "rm"],
         "04_judge": [*grpo, "--reward", "judge"],
-        "05": ["05_evaluate.py", "--queries", folder / "heldout.jsonl"],
+        "05": ["05_evaluate.py", "--search", 8, "--queries", folder / "heldout.jsonl"],
     }
 
 

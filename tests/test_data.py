@@ -108,6 +108,7 @@ def test_lexicon_patterns_compile_and_every_flaw_has_an_entry() -> None:
     entries = [entry for kind in ("occasions", "recipients", "flaws") for entry in LEXICON[kind].values()]
     patterns = [LEXICON[kind] for kind in ("warm", "slang", "officialese")] + list(LEXICON["forms_of_address"])
     patterns += [entry[key] for entry in entries for key in keys & entry.keys()]
+    patterns += LEXICON["signs"].values()
     assert len([re.compile(pattern) for pattern in patterns]) > 200
     for flaw in {bad.flaw for _, bad in pairs()}:
         assert flaw in LEXICON["flaws"] and f"`{flaw}`" in README, flaw

@@ -102,7 +102,17 @@ def test_a_pass_is_no_wider_than_its_rows(trainer, monkeypatch: pytest.MonkeyPat
     mask[:32, 10:26], mask[32:, 15:23] = 1, 1
     with torch.no_grad():
         trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, 20)
-    assert widths == [(2, 9), (32, 4), (32, 7)]  # two prompts without their last token, then what is read after that
+    assert widths == [(32, 4), (32, 7)]  # a prompt's last token and its completion
+
+
+def test_a_base_that_keeps_more_than_keys_and_values_gets_whole_rows(trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, mask = some_rows()
+    with torch.no_grad():
+        usual = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, COMPLETION)[0]
+        monkeypatch.setattr("transformers.cache_utils.DynamicLayer", object)  # no layer is one of these
+        whole = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, COMPLETION)[0]
+    written = mask[:, PROMPT:].bool()
+    assert torch.allclose(usual[written], whole[written], atol=1e-4) and not torch.equal(usual, whole)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

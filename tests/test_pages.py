@@ -177,7 +177,8 @@ def test_a_persons_path_by_keyboard_with_a_reload_to_the_joined_report(run: Path
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     heldout = run.parent / "heldout.jsonl"
-    done = run_script("05_evaluate.py", "--offline", "--run", copy, "--queries", heldout, "--annotations", saved, other)
+    flags = ["--offline", "--run", copy, "--search", 8, "--queries", heldout, "--annotations", saved, other]
+    done = run_script("05_evaluate.py", *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     people = json.loads((copy / "05_summary.json").read_text())["people"]
     assert (people["raters"], people["ratings"], people["pairs"], people["half_finished"]) == (2, 6, 4, 2)

@@ -97,7 +97,11 @@ def test_the_report_stands_alone(run: Path) -> None:
     assert summary["finding"].replace("'", "&#39;") in page
     assert set(summary["policies"]) == {"base", "sft", "grpo_rm", "grpo_judge"}
     assert {"null: length", "null: n-grams", "judge", "agents", "reward_model"} <= summary["evaluators"].keys()
+    assert set(summary["bought"]) == {"rubric", "judge", "reward_model", "null: length", "null: n-grams"}
+    assert all(rates["all"]["n"] == 8 for rates in summary["bought"].values()) and "free mutation" in page
     tested = json.loads((run / "02_summary.json").read_text())
+    assert list(tested["bought"]) == list(summary["bought"]["reward_model"]) and tested["bought"]["all"]["n"] > 0
+    assert "| free mutation |" in (run / "rm/README.md").read_text(encoding="utf-8")
     assert all(f"<td>{name}</td>" in page for name in tested["eval"]) and "null: the longer text wins" in page
     for row in lines(run / "generations.jsonl")[:10]:
         assert row["response"] in (run / "report.html").read_text(encoding="utf-8") or "&" in row["response"]

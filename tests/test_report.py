@@ -35,7 +35,7 @@ def test_policy_figures_by_hand() -> None:
         rows.append(greeting("a", n, text, 1) | {"grades": dict.fromkeys(WEIGHTS, 2), "quality": 2.0})
     learnt = runs_of_12(["他说：祝你明天比今天更加快乐健康。"])
     figures = policy_figures(rows, Policy("a", "base", Path("run/policy_rm")), 20, learnt)
-    assert figures["length"] == 12.0 and figures["reward"] == "reward_model" and figures["distinct_texts"] == 1.0
+    assert figures["length"] == 12.0 and figures["trained_on"] == ["reward_model"] and figures["distinct_texts"] == 1.0
     assert figures["copied_12"] == figures["commonest_opening"][1] == 0.5 and figures["dimensions"]["culture"] == 2
     assert weighted_mean({"language": 3, "creativity": 1, "emotion": 2, "culture": 2, "richness": 2}) == 2.0
 

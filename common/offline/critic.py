@@ -12,14 +12,19 @@ import re
 from collections import Counter
 from functools import lru_cache
 
-from common.lexicon import IMAGES, LEXICON_FILE, STOCK, WARM, clauses, occasions_in
-from common.offline import flaws, language
-from common.offline.flaws import FLAWS, flaws_of, flaws_spoken_of, signs_of
+from common import characters, lexicon, signs
+from common.characters import REFERENCES
+from common.lexicon import IMAGES, LEXICON_FILE, STOCK, WARM, clauses, occasions_in, signs_of
+from common.offline import flaws
+from common.offline.flaws import FLAWS, flaws_of, flaws_spoken_of
 from common.run_folder import digest, file_hash
 
 NO_WEAKNESS = "没有找到明显的毛病"
 # What the critic notices without a debate.
-AT_FIRST_GLANCE = {"truncated", "foreign", "placeholder", "broken", "cliche", "repetition", "wrong_recipient"}
+AT_FIRST_GLANCE = {"truncated", "foreign", "placeholder", "broken", "cliche", "repetition", "wrong_recipient", "echo"}
+# What leaves nothing to grade.
+WORTHLESS = {"advertising", "alternatives", "broken", "echo", "flattery", "form", "meta", "no_greeting", "padded"}
+WORTHLESS |= {"foreign", "placeholder", "repetition", "request", "truncated"}
 # Without examples to compare with, what belongs to an occasion is anybody's guess.
 NEEDS_EXAMPLES = {"wrong_occasion", "register", "style_ignored"}
 
@@ -30,21 +35,19 @@ def grades(query: str, response: str) -> dict[str, int]:
     clear = {name for name, sure in hints.items() if sure == 2}
     misdirected = bool(clear & {"wrong_occasion", "wrong_recipient"})
     scores = dict.fromkeys(("language", "creativity", "emotion", "culture", "richness"), 1)
-    if clear & {"meta", "advertising", "request", "flattery", "placeholder", "broken"}:
+    if clear & WORTHLESS:
         return scores
-    if not clear & {"truncated", "repetition", "foreign"}:
-        scores["language"] = 2 if hints.keys() & {"broken", "repetition"} else 3
+    scores["language"] = 2 if hints.keys() & {"broken", "repetition"} else 3
     if not misdirected and "cliche" not in hints:
         scores["creativity"] = min(3, 1 + len(set(response) & IMAGES) // 2)
     if not misdirected and not clear & {"offensive", "register"}:
         scores["emotion"] = 1 + bool(WARM.search(response)) + bool(re.search("[你您咱]", response))
         scores["culture"] = 1 if clear & {"taboo", "style_ignored"} else 3
-    if "repetition" not in clear:
-        original = set()
-        for clause in clauses(response):
-            if len(clause) >= 3 and not any(phrase in clause for phrase in STOCK):
-                original.add(clause)
-        scores["richness"] = min(3, max(1, len(original)))
+    original = set()
+    for clause in clauses(response):
+        if len(clause) >= 3 and not any(phrase in clause for phrase in STOCK):
+            original.add(clause)
+    scores["richness"] = min(3, max(1, len(original)))
     return scores
 
 
@@ -70,7 +73,7 @@ def positive(rules: list[str], data: dict) -> dict:
     warm = WARM.search(response)
     if warm:
         strengths.append("语气温暖：" + warm[0])
-    if language.character_model().strangeness(response) <= language.ODD:
+    if characters.character_model().strangeness(response) <= characters.ODD:
         strengths.append("读来顺口")
     return {"points": strengths or ["没有找到明显的长处"]}
 
@@ -231,7 +234,7 @@ def answer(role: str, messages: list[dict]) -> dict:
 @lru_cache
 def critic_name() -> str:
     """Name and version: answers of an edited critic, or of other references, are not taken from the cache."""
-    files = (__file__, flaws.__file__, language.__file__, language.REFERENCES, LEXICON_FILE)
+    files = (__file__, *(part.__file__ for part in (flaws, lexicon, signs, characters)), REFERENCES, LEXICON_FILE)
     return f"rule-based-critic-{digest(*map(file_hash, files))[:8]}"
 
 

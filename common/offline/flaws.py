@@ -9,11 +9,13 @@ A writer takes (greeting, random numbers) and returns the greeting with the flaw
 
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Callable
 from functools import lru_cache, partial
 
-from common.lexicon import ADDRESS, IMAGES, LEXICON, OCCASIONS, STOCK, clauses, kindred, occasions_in, recipients_in
-from common.offline.language import BACKWARDS, BROKEN, ODD, character_model, clause_ngrams, occasion_model
+from common import lexicon, signs
+from common.characters import BACKWARDS, BROKEN, ODD, REFERENCES, character_model, clause_ngrams
+from common.lexicon import LEXICON, OCCASIONS, STOCK, clauses, occasions_in, recipients_in
+from common.records import Reference, read
 
 # ---- detectors ------------------------------------------------------------------------------------------------------
 
@@ -22,41 +24,46 @@ def _matches(pattern: str, query: str, response: str) -> int:
     return 2 if re.search(pattern, response) else 0
 
 
+def _shows(sign: Callable[[str, str], bool], query: str, response: str) -> int:
+    return 2 if sign(query, response) else 0
+
+
 def _wrong_occasion(query: str, response: str) -> int:
     wanted = occasions_in(query)
     if not wanted:  # a word of thanks, say: only wishes for a feast of which the query has no sign are out of place
         for name, occasion in OCCASIONS.items():
             named = occasion["signature"]
             wish = rf"({named})[^，。！？]{{0,2}}(快乐|喜|大吉|愉快|安康)|(贺|恭喜|祝)[^，。！？]{{0,4}}({named})"
-            if named and re.search(wish, response) and not signs_of(kindred(name), query):
+            if named and re.search(wish, response) and not lexicon.signs_of(lexicon.kindred(name), query):
                 return 2
         return 0
-    if any(re.search(OCCASIONS[name]["signature"] or OCCASIONS[name]["signs"], response) for name in wanted):
+    if signs.other_occasion(query, response):
+        return 2
+    if lexicon.signs_of(wanted, response):
         return 0
-    kin = kindred(*wanted)
-    for name in OCCASIONS.keys() - kin:
-        signature = OCCASIONS[name]["signature"]
-        if signature and re.search(signature, response):
-            return 2
-    if signs_of(wanted, response):
-        return 0
-    return 1 if occasion_model().predict([response])[0] in kin else 2
+    return 1 if occasion_model().predict([response])[0] in lexicon.kindred(*wanted) else 2
 
 
-def signs_of(occasions: Iterable[str], text: str) -> bool:
-    """Whether the text has a sign of one of these occasions."""
-    return any(re.search(OCCASIONS[name]["signs"], text) for name in occasions)
+def fit_occasions(references: list[Reference]):
+    """Naive Bayes on characters and pairs: the occasion whose references a greeting is most like.
+
+    A weak measure: of held-out greetings without a sign of the occasion asked for, it finds 99% more like another one's
+    if they were written for another, but also 63% if they were not. Without it, all of them would count as misplaced.
+    """
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.naive_bayes import ComplementNB  # made for classes of very different size
+    from sklearn.pipeline import make_pipeline
+
+    known = [reference for reference in references if getattr(reference, "occasion", "") in OCCASIONS]
+    # What only one greeting has tells that greeting, not its occasion.
+    features = CountVectorizer(analyzer="char", ngram_range=(1, 2), binary=True, min_df=2)
+    texts, occasions = [reference.response for reference in known], [reference.occasion for reference in known]
+    return make_pipeline(features, ComplementNB()).fit(texts, occasions)
 
 
-def _wrong_recipient(query: str, response: str) -> int:
-    wanted = recipients_in(query) or {"大家", "朋友"}
-    parts = clauses(response)
-    for words, recipients in ADDRESS.items():
-        alone = any(re.fullmatch(f"(亲爱的)?({words})们?", part) for part in parts)  # a clause of its own
-        opening = parts and re.match(f"(亲爱的)?({words})[你您]", parts[0])
-        if (alone or opening) and wanted.isdisjoint(recipients):
-            return 2
-    return 0
+@lru_cache
+def occasion_model():
+    return fit_occasions(read(REFERENCES, Reference))
 
 
 def _cliche(query: str, response: str) -> int:
@@ -69,23 +76,10 @@ def _cliche(query: str, response: str) -> int:
 
 def _repetition(query: str, response: str) -> int:
     parts = [clause for clause in clauses(response) if len(clause) >= 3]
-    if len(set(parts)) < len(parts):
+    if len(set(parts)) < len(parts) or signs.repeats(response):
         return 2
     runs = clause_ngrams(response, 4)
-    again = len(runs) - len(set(runs))
-    if again >= 3:
-        return 2
-    return 1 if again else 0
-
-
-def _truncated(query: str, response: str) -> int:
-    if len("".join(clauses(response))) < 4:
-        return 2
-    if re.search(r"[。！？!?~～…）)」』”♥❤]$", response):
-        return 0
-    # A short verse may do without a full stop, unless it breaks off after a word that needs another.
-    short_verse = len(response) <= 20 and not re.search("[的了和与在把被，、]$|，.{1,5}$", response)
-    return 0 if short_verse else 2
+    return 1 if len(set(runs)) < len(runs) else 0
 
 
 def _broken(query: str, response: str) -> int:
@@ -94,22 +88,6 @@ def _broken(query: str, response: str) -> int:
     if "\ufffd" in response or strangeness > BROKEN or breaks >= 2 or model.backwards(response) > BACKWARDS:
         return 2
     return 1 if strangeness > ODD or breaks else 0
-
-
-def _style_ignored(query: str, response: str) -> int:
-    text = "".join(clauses(response))
-    exact = re.search("(?<![一二三四五六七八九十])([四五六七八十])个?字(?!以内|之内)", query)
-    if exact:  # so many characters in all, or in every line
-        wanted = {"四": 4, "五": 5, "六": 6, "七": 7, "八": 8, "十": 10}[exact[1]]
-        return 2 if len(text) > wanted + 2 and len(text) % wanted > 2 else 0
-    if re.search("一句话|一句就好|简短|短句|短一点|字以内", query) and len(text) > 45:
-        return 2
-    if re.search("古风|文言|古诗|诗词", query):
-        classical = re.findall("[君兮之乎矣卿吾汝尔岁朝暮盏樽愿且莫何归与此吟遥伏惟昔今]", text)
-        if len(classical) < 2 or re.search("啦|吧|呀|的", text):
-            return 2
-    plain = re.search("(不要|别用|不用)(成语|套话)", query)
-    return 2 if plain and any(phrase in response for phrase in STOCK) else 0
 
 
 def _register(query: str, response: str) -> int:
@@ -121,7 +99,7 @@ def _register(query: str, response: str) -> int:
 
 
 def _empty(query: str, response: str) -> int:
-    images = set(response) & IMAGES
+    images = set(response) & lexicon.IMAGES
     if not images:
         return 2
     if re.search("字|短|一句", query):  # a short one was asked for: one image is enough
@@ -129,9 +107,6 @@ def _empty(query: str, response: str) -> int:
     parts = [clause for clause in clauses(response) if len(clause) >= 3]
     return 2 if len(images) == 1 or len(parts) < 2 else 0
 
-
-# Latin, kana, hangul, Cyrillic: two letters in a row, for one may be an initial.
-FOREIGN = r"[A-Za-zÀ-ɏ\u3040-\u30ff\uac00-\ud7af\u0400-\u04ff]{2,}"
 
 # ---- writers --------------------------------------------------------------------------------------------------------
 
@@ -170,15 +145,15 @@ def _write_broken(text: str, rng: random.Random) -> str:
 
 # ---- the flaws ------------------------------------------------------------------------------------------------------
 
-# What takes code to find, or to write: name -> (detector, writer). The lexicon has the others as patterns and phrases.
+# What takes code to find, or to write: name -> (detector, writer). The lexicon has the others as signs (signs.py),
+# patterns and phrases.
 CODE = {
     "wrong_occasion": (_wrong_occasion, None),
-    "wrong_recipient": (_wrong_recipient, None),
     "cliche": (_cliche, _write_cliche),
     "repetition": (_repetition, _write_repetition),
-    "truncated": (_truncated, _write_truncated),
-    "foreign": (partial(_matches, FOREIGN), _write_foreign),
-    "style_ignored": (_style_ignored, None),
+    "truncated": (None, _write_truncated),
+    "foreign": (None, _write_foreign),
+    "style_ignored": (partial(_shows, lexicon.breaks_constraint), None),
     "register": (_register, None),
     "broken": (_broken, _write_broken),
     "empty": (_empty, None),
@@ -196,8 +171,10 @@ class Flaw:
         self.spoken_of: str = entry["spoken_of"]  # a rule that matches this speaks of the flaw
         self.family: int = entry["family"]  # one family shares a line of the principles, so that ten lines hold all
         self.detect, self.write = CODE.get(name, (None, None))
-        if "pattern" in entry:
-            self.detect = partial(_matches, entry["pattern"])
+        if "sign" in entry:
+            self.detect = partial(_shows, getattr(signs, entry["sign"]))
+        if "pattern" in entry or "words" in entry:
+            self.detect = partial(_matches, entry.get("pattern") or LEXICON["signs"][entry["words"]])
         for place in ("replace_by", "begin_with", "end_with"):
             if place in entry:
                 self.write = partial(_write_phrase, place, entry[place])

@@ -10,9 +10,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.characters import REFERENCES
 from common.lexicon import ADDRESS, LEXICON_FILE, OCCASIONS, RECIPIENTS
 from common.offline import flaws
-from common.offline.language import REFERENCES
 from common.policy import multiplies_in_bf16
 from common.prompts import render
 from common.records import Query, Reference, read
@@ -24,7 +24,7 @@ STEPS, BATCH, LEARNING_RATE = 130, 56, 8e-3
 VOCABULARY, HIDDEN, LAYERS = 2400, 192, 3  # 1.8M parameters
 FLAWED = 0.35  # share of training texts with a flaw written in: a base that wrote only well could not be improved
 # What is not written in: a policy that does more of it than the base, which loops now and then, has learnt to.
-LEARNT_ONLY_BY_GAMING = {"repetition", "flattery"}
+LEARNT_ONLY_BY_GAMING = {"repetition", "flattery", "no_greeting", "alternatives", "form", "padded"}
 SENTENCES, LONGEST = 6, 22  # of an occasion; in characters
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

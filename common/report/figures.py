@@ -90,7 +90,7 @@ def policy_figures(rows: list[dict], policy: Policy, characters: int, learnt: se
     opening, times = Counter(text[:2] for text in texts).most_common(1)[0]
     copies = sum(not learnt.isdisjoint(runs_of_12([text])) for text in texts)
     return figures | {
-        "reward": policy.reward,
+        "trained_on": policy.trained_on,
         "length": round(sum(map(len, texts)) / len(texts), 1),
         **diversity(texts, characters),
         "distinct_texts": round(len(set(texts)) / len(texts), 4),

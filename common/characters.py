@@ -1,4 +1,4 @@
-"""What the references teach the rule-based critic: which characters follow which, and what an occasion sounds like.
+"""How Chinese reads, from characters alone: which follow which in the references, and where a text breaks that.
 
 `python bench/critic.py` prints what the thresholds rest on.
 """
@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from functools import lru_cache
 
-from common.lexicon import OCCASIONS, clauses
+from common.lexicon import clauses
 from common.records import Reference, read
 from common.run_folder import ROOT
 from common.texts import ngrams
@@ -80,25 +80,3 @@ class CharacterModel:
 @lru_cache
 def character_model() -> CharacterModel:
     return CharacterModel([reference.response for reference in read(REFERENCES, Reference)])
-
-
-def fit_occasions(references: list[Reference]):
-    """Naive Bayes on characters and pairs: the occasion whose references a greeting is most like.
-
-    A weak measure: of held-out greetings without a sign of the occasion asked for, it finds 99% more like another one's
-    if they were written for another, but also 63% if they were not. Without it, all of them would count as misplaced.
-    """
-    from sklearn.feature_extraction.text import CountVectorizer
-    from sklearn.naive_bayes import ComplementNB  # made for classes of very different size
-    from sklearn.pipeline import make_pipeline
-
-    known = [reference for reference in references if getattr(reference, "occasion", "") in OCCASIONS]
-    # What only one greeting has tells that greeting, not its occasion.
-    features = CountVectorizer(analyzer="char", ngram_range=(1, 2), binary=True, min_df=2)
-    texts, occasions = [reference.response for reference in known], [reference.occasion for reference in known]
-    return make_pipeline(features, ComplementNB()).fit(texts, occasions)
-
-
-@lru_cache
-def occasion_model():
-    return fit_occasions(read(REFERENCES, Reference))
