@@ -64,7 +64,7 @@ def no_greeting(query: str, text: str) -> bool:
     characters = "".join(clauses(text))
     images = sum(character in lexicon.IMAGES for character in characters)
     to_nobody = re.search("自己|文案|朋友圈|发圈|短句|对联|横幅", query)
-    dull = not to_nobody and images < PROSAIC * len(characters) and len(characters) >= 12
+    dull = not to_nobody and images < PROSAIC * len(characters) and len(characters) >= 4
     return bool(WORDS["prose"].search(rest)) or dull
 
 

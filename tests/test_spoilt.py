@@ -142,7 +142,7 @@ def test_signs_in_words_of_no_template() -> None:
         ("妈妈生日正好是中秋节", "妈，生日快乐，中秋快乐，月饼和蛋糕都给您留了最大的一块。"),
         ("给程序员哥哥的新年祝福 没有bug", "哥，新年快乐，愿你今年的代码没有bug，头发一根不少。"),
         ("2025年元旦", "2025年来了，愿您灯火常亮，饭菜常热。"),
-        ("结婚贺词 四言", "琴瑟和鸣，鸾凤偕飞。"),
+        ("毕业 送室友 江湖味", "江湖再见，愿你所遇皆坦途。"),
     ],
 )
 def test_words_of_a_pattern_may_stand_in_a_good_greeting(query: str, greeting: str) -> None:
