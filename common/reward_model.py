@@ -86,8 +86,8 @@ class RewardModel:
         model = load_base(AutoModelForSequenceClassification, base, self.bits, num_labels=1)
         model.config.pad_token_id = self.tokenizer.pad_token_id
         self.model = PeftModel.from_pretrained(model, folder).eval()
-        if self.model.dtype == torch.float32:  # one product for each layer instead of three
-            self.model.merge_adapter()
+        if self.bits == 16 and self.model.dtype == torch.float32:  # one product for each layer instead of three;
+            self.model.merge_adapter()  # in 4 bits the sum would be rounded to NF4
         compute_in_fp32(self.model.base_model.model.score.modules_to_save["default"])
 
     def calibrate(self, pairs: list[Preference], tolerance: float, seed: int) -> None:
