@@ -6,7 +6,7 @@ pasted twice and a word to the reviewer. So
 
     pairs        are split by query; training pairs that share a text with a test pair are left out
     spoilt pairs are added: a chosen text against a spoilt form of itself, different ones each epoch  common/spoilt.py
-    rounds       of a search for what buys it; what won is trained against, at half the rate          common/rounds.py
+    --rounds     of a search for what buys it; what won is trained against, at half the rate          common/rounds.py
     training     stops when the loss on held-out pairs no longer falls                                TRL
     calibration  subtracts what remains of the score's correlation with length among good texts      reward_model.py
     --hard       goes on from the finished rm/ with rollouts of a policy that found what it overrates   common/hard.py
@@ -17,8 +17,9 @@ Reads   preferences.jsonl of step 1 (--preferences; --eval-preferences instead o
 Writes  rm/ (adapter, head, calibration.json, training.svg, README.md), rm_checkpoints/, rm_eval.jsonl, 02_summary.json;
         with --hard also hard_pairs.jsonl, rm_hard_checkpoints/, rm_before_hard/ (what rm/ was)
 Paper   arXiv 2508.21476: LoRA r 16, learning rate 2e-4, 5 epochs, batch 16 with 8 accumulation steps. Departures: 4-bit
-        base; the split, the spoilt pairs, the rounds, the calibration, the attacks. Length: post-hoc reward
-        calibration, Huang et al. 2024 (arXiv 2409.17407), here with a straight line fitted to chosen texts alone.
+        base; the split, the spoilt pairs (beside which each pair is shown twice per epoch), the calibration, the
+        attacks. Length: post-hoc reward calibration, Huang et al. 2024 (arXiv 2409.17407), here with a straight line
+        fitted to chosen texts alone.
 Example python 02_train_rm.py --offline --run outputs/mine
         python 02_train_rm.py --offline --run outputs/mine --hard outputs/mine/rollouts_rm.jsonl
         python 02_train_rm.py --offline --run outputs/mine --score greetings.jsonl > scored.jsonl
@@ -331,9 +332,8 @@ def write_results(args: argparse.Namespace, base: str, started: float, figures: 
         longer, ngrams = (percent(test["null"][rule]["value"]) for rule in ("longer", "ngram"))
         print(f"02: {name:28} {share:>6}  [{lo}, {hi}]  longer {longer}, n-grams {ngrams}, n {test['n']}")
     families = ", ".join(f"{name} {percent(rate['value'])}" for name, rate in figures["bought"].items())
-    searched = ", ".join(f"{percent(one['bought']['value'])}, {one['pairs']} pairs" for one in figures["rounds"])
-    if searched:
-        print(f"02: held-out texts bought, and pairs won from training texts, in each search: {searched}")
+    for one in figures.get("rounds", []):  # a summary that --hard goes on from may be of a version without
+        print(f"02: a round found {one['pairs']} pairs; {percent(one['bought']['value'])} of held-out texts bought")
     print(f"02: bought by a search on {figures['bought']['all']['n']} chosen texts: {families}")
     print(f"02: correlation of score and length within chosen texts {figures['length_correlation']:+.2f}")
     print(f"02: reward model in {args.run / 'rm'}")
@@ -376,7 +376,7 @@ def main(args: argparse.Namespace) -> int:
     split = split_pairs(args)
     run_folder.open_run(args.run)
     settings = run_folder.settings(args, "data", "training", "models") | {"base": base}
-    # A resumed run may use smaller batches; what counts is how many pairs make an update.
+    # A resumed run may use smaller batches to fit in memory; what counts is how many pairs make an update.
     settings["batch"] = settings.pop("batch_size") * settings.pop("accumulation")
     del settings["batch_size_generate"]
     if args.hard:

@@ -229,7 +229,7 @@ def scores_stage(args: argparse.Namespace, policies: list[Policy]) -> Stage:
 
 def search_stage(args: argparse.Namespace) -> Stage:
     made_with = evaluators(args, ["rubric", "detector"]) | run_folder.settings(args, "search")
-    made_with["families"] = run_folder.file_hash(ROOT / "data/spoilt.json")
+    made_with["families"] = [run_folder.file_hash(ROOT / "data" / name) for name in ("spoilt.json", "lexicon.json")]
     made_with["judge"] = args.eval_model, args.eval_base_url
     return Stage(args.run, "05_search", bought.FILES, made_with, args.redo)
 

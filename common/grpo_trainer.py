@@ -75,16 +75,16 @@ def log_probabilities(trainer, model, ids, mask, width: int, most: int):
 
     begin, prompts_end = int(mask.any(0).nonzero()[0]), ids.shape[1] - width
     read = prompts_end - 1  # a prompt's last token predicts the first of its completion
-    shared = read > begin and not (torch.is_grad_enabled() and trainer.args.gradient_checkpointing)
+    base = trainer.accelerator.unwrap_model(model).get_base_model()
+    plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=base.config).layers)
+    shared = plain and read > begin and not (torch.is_grad_enabled() and trainer.args.gradient_checkpointing)
     if shared:
         prompts = torch.stack([ids, mask], 1)[:, :, begin:read]
         prompts, prompt_of = prompts.unique(dim=0, return_inverse=True)
-        base = trainer.accelerator.unwrap_model(model).get_base_model()
         with trainer.accelerator.autocast():
             first = base.base_model(input_ids=prompts[:, 0], attention_mask=prompts[:, 1], use_cache=True)
         layers = first.past_key_values.layers
-        shared = all(type(layer) is DynamicLayer for layer in layers)
-    if not shared:
+    else:
         read = begin
     lengths, by_length = mask[:, read:].sum(1).sort()
     logps, entropies = [], []

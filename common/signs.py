@@ -79,8 +79,12 @@ def form(query: str, text: str) -> bool:
     unasked = [name for name in wished if name not in kindred(*occasions_in(query))]
     if any(two not in kindred(one) for one in unasked for two in wished):
         return True
-    latin = WORDS["latin"].search(text)
-    return bool(WORDS["form"].search(text)) or bool(latin and latin[0].lower() not in query.lower())
+    return bool(WORDS["form"].search(text)) or foreign(query, text)
+
+
+def foreign(query: str, text: str) -> bool:
+    """Words in another script that are not the query's."""
+    return any(words.lower() not in query.lower() for words in WORDS["foreign"].findall(text))
 
 
 def plea(query: str, text: str) -> bool:

@@ -155,7 +155,7 @@ for spoiler in (other_occasion, other_person, constraint_broken):
 
 
 # How much more often a family is drawn, and a kind within its family, because it is harder to tell or shows only beside
-# the query. Most other kinds add text: with as many of those as of these, a reward model learns that shorter is better.
+# the query.
 FAMILY_WEIGHTS = {"damage": 3, "off_target": 4}
 WEIGHTS = {"other_occasion": 3, "other_person": 2, "clause_repeated": 3, "cut": 6, "pasted_twice": 2}
 

@@ -309,7 +309,7 @@ def test_redo_moves_an_output_in_a_folder_of_its_own_too(tmp_path: Path) -> None
 def test_a_stage_of_a_checkout_that_was_moved_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it was made with names a model inside the checkout; one elsewhere is another one at another place."""
     keys = []
-    for checkout in ("/home/old", "/srv/新"):
+    for checkout in ("/old/checkout", "/new/检出"):
         monkeypatch.setattr(run_folder, "ROOT", Path(checkout))
         base = f"{checkout}/outputs/tiny"
         stage = Stage(tmp_path, "02_rm", ["a"], {"base": base, "policies": [base, "/models/qwen"]})
@@ -318,7 +318,7 @@ def test_a_stage_of_a_checkout_that_was_moved_goes_on(tmp_path: Path, monkeypatc
     assert not stage.replaced and keys[0] == keys[1] != digest("query", "/models/tiny", 1)
     stage.finish()
     assert Stage(tmp_path, "02_rm", ["a"], {"base": base, "policies": [base, "/models/qwen"]}).done
-    monkeypatch.setattr(run_folder, "ROOT", Path("/srv"))
+    monkeypatch.setattr(run_folder, "ROOT", Path("/new"))
     with pytest.raises(SystemExit):
         Stage(tmp_path, "02_rm", ["a"], {"base": "/models/tiny", "policies": [base, "/models/qwen"]})
 

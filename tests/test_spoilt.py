@@ -101,7 +101,6 @@ def test_an_edit_changes_the_text_and_is_reported_by_its_family(kind: str) -> No
     made = [(source, text) for source, text in edits if text]
     assert len(made) >= 20 and all(text != source.greeting for source, text in made)
     reported = sum(KINDS[kind].family in signs(source.query, text) for source, text in made)
-    print(f"{kind}: {reported} of {len(made)}")
     assert reported / len(made) >= TELLABLE.get(kind, 0.95)
 
 

@@ -145,12 +145,11 @@ def test_what_is_planted_is_caught_within_one_look(kind: str, family: str, start
 
 def test_the_rollouts_of_a_hacked_run_are_warned_of_by_step_7() -> None:
     if not HACKED.is_file():
-        pytest.skip("needs the rollouts of a run that was hacked")
+        pytest.skip("the rollouts of a run that was hacked are not here")
     rollouts, warned = lines(HACKED), {}
     for last in range(1, 14, 2):
         if found := rises([row for row in rollouts if row["step"] <= last], 2):
             warned[last] = found
-    print(warned)
     assert min(warned) <= 7 and "no_greeting" in warned[min(warned)] and max(warned) == 13
 
 

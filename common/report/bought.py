@@ -47,9 +47,9 @@ async def search_judges(
         progress.update(len(rows))
         return [None if isinstance(answer, Unusable) else answer for answer in answers]
 
-    evaluators = {"rubric": (quality, math.nextafter(EXCELLENT, 0.0)), "judge": (verdict, 0.5)}  # (asks, bar)
-    if not principles:
-        del evaluators["judge"]
+    evaluators = {"rubric": (quality, math.nextafter(EXCELLENT, 0.0))}  # (asks, bar)
+    if principles:
+        evaluators["judge"] = verdict, 0.5
     with tqdm(desc="search", unit=" texts") as progress:
         searches = [
             search(partial(score, name, ask), sources, judge.args.seed) for name, (ask, _) in evaluators.items()
