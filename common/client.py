@@ -137,8 +137,9 @@ class Client:
         async with self.waiting:
             self._check_stop()  # whoever waited before may have given up
             wait = 600.0 if self.args.wait is None else self.args.wait
-            self.away_since = self.away_since or time.monotonic()
-            while time.monotonic() - self.away_since < wait:
+            # Its own variable: an answer that was on its way when the server died sets the client's back meanwhile.
+            since = self.away_since = self.away_since or time.monotonic()
+            while time.monotonic() - since < wait:
                 self._tell_once("agents", failure.reason, f"waiting {wait:g} s for {self.endpoint} ({failure.message})")
                 if not await self._silence():
                     return

@@ -387,6 +387,25 @@ def test_an_endpoint_that_is_still_to_start_is_waited_for_where_wait_is_given(se
     assert asyncio.run(asking()).verdict == 1 and ledger(tmp_path)["outcomes"] == {"ok": 1}
 
 
+def test_an_answer_that_was_on_its_way_does_not_end_the_wait_of_others(server: Served, tmp_path: Path) -> None:
+    listed, replies = server.models, {0: replace(GOOD, drip=0.002), 1: status(503, "Loading model")}
+    server.replies[:] = [lambda request: replies[request["seed"]]]
+
+    async def asking() -> list[Verdict]:
+        async with Client(settings(server.url, run=tmp_path, wait=900), "03") as client:
+            await client.connect()
+            server.models = Reply(drop=0)
+            on_its_way, waiting = (
+                asyncio.ensure_future(client.ask("detector", Verdict, sample=sample, **SLOTS)) for sample in replies
+            )
+            first = await on_its_way
+            await asyncio.wait([waiting], timeout=0.2)
+            server.models, replies[1] = listed, GOOD
+            return [first, await waiting]
+
+    assert [verdict.verdict for verdict in asyncio.run(asking())] == [1, 1]
+
+
 def test_a_refused_key_is_what_is_heard_whatever_else_failed(server: Served, tmp_path: Path) -> None:
     """The first question brings nothing usable, the third that the key is refused."""
     replies = {0: status(400), 1: GOOD, 2: status(401)}
