@@ -8,8 +8,9 @@ The loop of GRPO is TRL's. One step of it:
 
     the engine writes --samples greetings for each of --queries-per-step queries              common/engine.py
     each greeting gets a reward, or None where the judge failed, which teaches nothing        common/rewards.py
+    --novelty lowers the rewards of greetings that are like others                            common/novelty.py
     its advantage is its reward minus the mean of its query's rewards, divided by their       TRL
-        standard deviation
+        standard deviation (with --novelty, that of all rewards of the step)
     the engine's log-probabilities are compared with the trainer's before anything is         common/grpo_trainer.py
         learnt, though the rewards are paid for by then: beyond --max-gap the run stops
     the completions are shuffled, and the adapter is updated once for every --mini-batch      TRL
@@ -30,7 +31,8 @@ Writes  policy_sft/, policy_rm/ or policy_judge/, policy_*_best/ (the best that 
 Paper   arXiv 2508.21476: 32 queries per step, 4 samples, 512 tokens, mini-batch 16, KL 0.001 (low-variance estimator),
         5 epochs, learning rate 3e-7 for full fine-tuning on 4 GPUs. Departures: QLoRA on one GPU, whose best learning
         rate is about ten times that of full fine-tuning (Schulman et al. 2025, "LoRA Without Regret"): 3e-6.
-        TRL's default loss, "dapo": GRPO's, averaged over the tokens of the step.
+        TRL's default loss, "dapo": GRPO's, averaged over the tokens of the step. What a rule finds broken of a query's
+        constraints gets no reward from the judge (--no-constraints as in the paper).
 Example python 04_grpo.py --reward judge --offline --run outputs/mine
         python 04_grpo.py --reward judge --plan
 """
@@ -48,6 +50,7 @@ from common.engine import adapter_sync, add_engine_flag, choose_engine
 from common.grpo_trainer import GAP, grpo_trainer
 from common.judge import current_principles
 from common.memory import add_memory_flags, check_gpu, engine_share, peak_gib, show_plan
+from common.novelty import learnt_by_heart
 from common.policy import (
     MAX_PROMPT,
     add_policy_flags,
@@ -65,13 +68,13 @@ from common.store import open_store
 from common.watch import Watch, first_and_last_tenth, watch_callback
 
 OFFLINE = {"bits": 16, "engine": "hf", "sft_epochs": 4, "sft_learning_rate": 2e-3, "save_every": 4, "watch_every": 4}
-OFFLINE |= {"learning_rate": 1.5e-3, "kl": 0.05, "steps": 48, "samples": 8, "queries_per_step": 16, "mini_batch": 8}
-OFFLINE |= {"micro_batch": 64, "max_tokens": 48}
+OFFLINE |= {"learning_rate": 1.5e-3, "kl": 0.05, "steps": 48, "samples": 16, "queries_per_step": 8, "mini_batch": 4}
+OFFLINE |= {"micro_batch": 64, "max_tokens": 48, "novelty": 0.5}
 RATIO = "sampling/importance_sampling_ratio"  # TRL's name for the trainer's probability over the engine's
 PANELS = {"reward": ["reward", "reward_std"], "length, diversity": ["reward_length_correlation", "distinct_2"]}
 PANELS |= {"tokens": ["completions/mean_length"], "KL, gap, ratio": ["kl", GAP, f"{RATIO}/min"]}
 PANELS |= {"signs": [f"signs/{name}" for name in COUNTED]}
-PANELS |= {"shares": ["frac_reward_zero_std", "completions/clipped_ratio"]}
+PANELS |= {"shares": ["without_spread", "completions/clipped_ratio", "novelty"]}
 
 
 def parse_args() -> argparse.Namespace:
@@ -151,7 +154,7 @@ def sft(args: argparse.Namespace, base: str) -> dict:
 def grpo(args: argparse.Namespace, base: str) -> dict:
     """Train policy_rm/ or policy_judge/ from policy_sft/; returns the figures for the summary."""
     queries = trainers.fitting_queries(args, base)
-    rewards = Rewards(args, base)
+    rewards = Rewards(args, base, learnt_by_heart(args.sft))
     watch = Watch(args, queries)
     # TRL builds its engine with the trainer, so that is when it has to be ours.
     with adapter_sync(base, args.bits, args.rank, args.seed) if args.engine == "vllm" else nullcontext():
@@ -201,6 +204,8 @@ def build_trainer(args: argparse.Namespace, base: str, queries: list[records.Que
         # ratio of the two, at most 2; by default TRL would drop whole completions instead, the longest first.
         vllm_importance_sampling_mode="token_truncate", vllm_importance_sampling_clip_max=2.0,
         cast_lm_head_to_fp32=True,  # in the engine too: most of the rounding between the two is the head's
+        # A difference in novelty between verdicts that agree is not to be blown up to a standard deviation.
+        scale_rewards="batch" if args.novelty else "group",
         use_bias_correction_kl=False,  # the paper's low-variance estimator ("k3"), as verl has it in the loss
         report_to=args.report_to, **trainers.trainer_settings(model),
     )  # fmt: skip
@@ -246,7 +251,8 @@ def grpo_figures(args: argparse.Namespace, trainer, steps: list[dict], looks: li
         "sync": {"ms": 1000 * sum(s for s, _ in syncs) / len(syncs), "bytes": syncs[-1][1]} if syncs else None,
         "logp_gap": {"mean": mean(GAP), "most": max(gaps)} if gaps else None,
         "importance_ratio": {name: mean(f"{RATIO}/{name}") for name in ("min", "mean", "max")} if gaps else None,
-        "without_spread": mean("frac_reward_zero_std"),  # share of the queries' groups, which teach nothing
+        "without_spread": mean("without_spread"),  # share of the queries' groups whose rewards are all alike
+        "novelty": mean("novelty"),
         "cut_off": mean("completions/clipped_ratio"),  # share of the completions, at --max-tokens
         "reward": {"first": first, "last": last},
         "completions": args.mini_batch * args.samples * len(steps),

@@ -32,10 +32,9 @@ sys.path.insert(0, str(ROOT))
 from bench.memory import copy_of
 from common.characters import REFERENCES
 from common.grpo_trainer import GAP, grpo_trainer, of_like_length
-from common.offline.flaws import FLAWS
 from common.offline.tiny_model import tiny_policy
 from common.policy import generate, load_policy, lora, silence_libraries
-from common.prompts import PROMPTS, conversation
+from common.prompts import PROMPTS, conversation, read_rules
 from common.records import Query, Reference, read, read_lines, write
 from common.run_folder import positive
 from common.trainers import fix_trainer, trainer_settings
@@ -225,15 +224,17 @@ def sweep(args: argparse.Namespace) -> None:
     start = folder / "sft"
     start.mkdir(parents=True, exist_ok=True)
     rows = []
-    for reference in random.Random(0).sample(read(REFERENCES, Reference), 128):
+    for reference in random.Random(0).sample(read(REFERENCES, Reference), 64):
         greeting = [{"role": "assistant", "content": reference.response}]
         rows.append({"prompt": conversation(reference.query, PROMPTS), "completion": greeting})
     write(start / "sft.jsonl", rows)
-    # The critic looks for every flaw it knows, or there is little to learn; but a policy is not to be paid for length.
-    rules = [flaw.rule for name, flaw in FLAWS.items() if name != "short"]
+    # Under all that it knows the critic accepts nothing that such a policy writes, and there is nothing to learn: the
+    # principles that step 3 begins with, without the one about length.
+    rules = [rule for rule in read_rules(PROMPTS / "principles.md") if "短" not in rule]
     version = {"principles": rules, "accepted": True, "version": 0}
     write(start / "principles.jsonl", [version])
-    step_4(args, start, "--reward", "none", "--sft-epochs", 1)
+    # Gently, since a few steps at step 4's rate leave a small pretrained model without its language.
+    step_4(args, start, "--reward", "none", "--sft-epochs", 1, "--sft-learning-rate", 2e-5)
 
     engine = "vllm" if importlib.util.find_spec("vllm") else "hf"  # without an engine there is no gap to it
     flags = ["--offline", "--reward", "judge", "--engine", engine, "--steps", args.updates, *SWEEP]

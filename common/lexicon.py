@@ -74,20 +74,3 @@ def core(query: str) -> str:
         if len(words) >= 4 and not FELICITATION.search(words):
             return words
     return query.strip()
-
-
-def breaks_constraint(query: str, text: str) -> bool:
-    """Whether a text is not of the length or in the style that its query asks for, as far as a rule can tell."""
-    characters = "".join(clauses(text))
-    exact = re.search("(?<![一二三四五六七八九十])([四五六七八十])个?字(?!以内|之内)", query)
-    if exact:  # so many characters in all, or in every line
-        wanted = {"四": 4, "五": 5, "六": 6, "七": 7, "八": 8, "十": 10}[exact[1]]
-        return len(characters) > wanted + 2 and len(characters) % wanted > 2
-    if re.search("一句话|一句就好|简短|短句|短一点|字以内", query) and len(characters) > 45:
-        return True
-    if re.search("古风|文言|古诗|诗词", query):
-        classical = re.findall("[君兮之乎矣卿吾汝尔岁朝暮盏樽愿且莫何归与此吟遥伏惟昔今]", text)
-        if len(classical) < 2 or re.search("啦|吧|呀|的", text):
-            return True
-    plain = re.search("(不要|别用|不用)(成语|套话)", query)
-    return bool(plain) and any(phrase in text for phrase in STOCK)

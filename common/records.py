@@ -37,6 +37,7 @@ class Query(Record):
     query: str = Field(min_length=1)
     occasion: str = ""
     recipient: str = ""
+    constraints: list[str] = []  # its words that ask for something which a rule can check (constraints.py)
 
 
 class Reference(Record):

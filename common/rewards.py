@@ -1,5 +1,8 @@
 """The reward of a GRPO step: the reward model's scores (A), or the verdicts of the judge under principles (B).
 
+What a rule finds broken of a query's constraints the judge is not asked about, and --novelty lowers the reward of
+completions that are like others (novelty.py). The files have the reward as it was before that.
+
 A completion whose reward could not be computed gets None: TRL leaves it out of its group's mean and its advantage is
 0, so it teaches nothing. It is never a 0, which would teach that the text was bad.
 """
@@ -10,18 +13,21 @@ import json
 import math
 import sys
 import time
+from collections.abc import Set
 from concurrent.futures import Future
 
 from tqdm import tqdm
 
 from common.answers import Unusable
 from common.client import Client, gather_all
+from common.constraints import broken
 from common.judge import current_principles, judge_greeting
+from common.novelty import multiply, novelties, take_off
 from common.reward_model import RewardModel
 from common.run_folder import Stop, main_process
 from common.signs import COUNTED, counted
 from common.texts import ngrams
-from common.trainers import gather_rows
+from common.trainers import gather_rows, own_rows
 
 PAUSES = (5.0, 30.0)  # seconds before a step's failed judgements are asked for again, if they are over a fifth
 
@@ -31,13 +37,15 @@ Reward = tuple[float | None, str]  # (reward, the judge's reason or why there is
 class Rewards:
     """The reward function of a GRPO run. It also writes rollouts_*.jsonl, and logs figures about the rewards."""
 
-    def __init__(self, args: argparse.Namespace, base: str):
+    def __init__(self, args: argparse.Namespace, base: str, learnt: Set[str] = frozenset()):
+        """`learnt` are the runs of characters that are not novel: `novelty.learnt_by_heart`."""
         self.args = args
         if args.reward == "rm":
             self.model = RewardModel(args.rm, base, args.prompts)
         else:
             self.principles = current_principles(args.principles)
             self.client = Client(args, f"04_{args.reward}")
+        self.learnt = learnt
         self.started: Future | None = None  # the rewards of the step under way
 
     def start(self, loop: asyncio.AbstractEventLoop, queries: list[str], completions: list) -> None:
@@ -55,16 +63,20 @@ class Rewards:
 
         # TRL gathers the rewards of all processes by itself. The file and the figures are written by the first.
         gathered = gather_rows(list(zip(rows, rewards, strict=True)))
+        values = novelties([row for row, _ in gathered], self.learnt)
         if main_process():
             with open(self.args.run / f"rollouts_{self.args.reward}.jsonl", "a", encoding="utf-8") as file:
-                for (asked, text), (reward, reason) in gathered:
+                for ((asked, text), (reward, reason)), novelty in zip(gathered, values, strict=True):
                     place = {"step": trainer_state.global_step, "query": asked}  # the step before their update
-                    row = {**place, "response": text, "reward": reward, "reason": reason}
+                    row = {**place, "response": text, "reward": reward, "reason": reason, "novelty": round(novelty, 4)}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
         for name, value in figures_of(gathered).items():
             log_metric(name, value)
+        log_metric("novelty", sum(values) / len(values))
         log_metric("seconds/reward", time.perf_counter() - started)
-        return [reward for reward, _ in rewards]
+        teach = take_off if self.args.reward == "rm" else multiply
+        taught = teach([reward for _, (reward, _) in gathered], values, self.args.novelty)
+        return own_rows(taught, len(rows))
 
     async def rewards_for(self, rows: list[tuple[str, str]]) -> list[Reward]:
         """The reward of every (query, text) row of a step."""
@@ -109,9 +121,15 @@ class Rewards:
         return verdicts
 
     async def verdict(self, query: str, text: str) -> Reward:
-        """The judge's verdict on one text: 0 for an empty one, None where the judge gave no usable answer."""
+        """The judge's verdict on one text: 0 without a question for an empty one, and for one that breaks a constraint.
+
+        None where the judge gave no usable answer.
+        """
         if not text.strip():
             return 0.0, "empty"
+        words = broken(query, text) if self.args.constraints else ""
+        if words:
+            return 0.0, f"constraint: {words}"
         try:
             verdict = await judge_greeting(self.client, query, text, self.principles)
         except Unusable as e:
@@ -142,4 +160,8 @@ def figures_of(gathered: list[tuple[tuple[str, str], Reward]]) -> dict[str, floa
     for name in COUNTED:
         figures[f"signs/{name}"] = sum(name in some for some in shown) / len(texts)
     figures["failed_judgements"] = float(len(gathered) - len(rewarded))
+    groups: dict[str, set] = {}
+    for (query, _), (reward, _) in gathered:
+        groups.setdefault(query, set()).add(reward)
+    figures["without_spread"] = sum(len(rewards - {None}) < 2 for rewards in groups.values()) / len(groups)
     return figures

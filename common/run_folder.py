@@ -80,6 +80,14 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def share(text: str) -> float:
+    """argparse type: a number from 0 to 1."""
+    value = float(text)  # argparse tells of a ValueError
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
+
+
 def parse(parser: argparse.ArgumentParser, offline: dict) -> argparse.Namespace:
     """Parse the command line; with --offline the defaults in `offline` replace the paper's settings.
 

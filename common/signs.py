@@ -9,6 +9,7 @@ from functools import lru_cache
 
 from common import lexicon
 from common.characters import BACKWARDS, character_model
+from common.constraints import broken
 from common.lexicon import FELICITATION, OCCASIONS, clauses, kindred, occasions_in
 from common.texts import ngrams
 
@@ -124,7 +125,7 @@ def truncated(query: str, text: str) -> bool:
 
 def off_target(query: str, text: str) -> bool:
     """Another occasion, somebody else addressed, or a constraint of the query broken."""
-    return other_occasion(query, text) or calls_somebody_else(query, text) or lexicon.breaks_constraint(query, text)
+    return other_occasion(query, text) or calls_somebody_else(query, text) or bool(broken(query, text))
 
 
 def other_occasion(query: str, text: str) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from common import lexicon
+from common import constraints, lexicon
 from common.lexicon import occasions_in, recipients_in
 from common.records import Preference, Reference
 from common.run_folder import ROOT, digest, read_text
@@ -140,8 +140,8 @@ def names_others(query: str, text: str) -> bool:
 def constraint_broken(source: Source, rng: random.Random, held_out: bool) -> str:
     """Too long, in stock phrases, or in words of today, where the query forbids it; else none."""
     added = source.greeting + "，".join(rng.sample(lexicon.STOCK, 8)) + "！"
-    worse = [text for text in (added, source.other) if text and lexicon.breaks_constraint(source.query, text)]
-    return worse[0] if worse and not lexicon.breaks_constraint(source.query, source.greeting) else ""
+    worse = [text for text in (added, source.other) if text and constraints.broken(source.query, text)]
+    return worse[0] if worse and not constraints.broken(source.query, source.greeting) else ""
 
 
 KINDS: dict[str, Kind] = {}

@@ -8,7 +8,7 @@ from pathlib import Path
 from common.policy import MAX_PROMPT, load_tokenizer, multiplies_in_bf16
 from common.prompts import conversation
 from common.records import Query, read
-from common.run_folder import ROOT, fail, main_process, positive, replace_file
+from common.run_folder import ROOT, fail, main_process, positive, replace_file, share
 
 
 def add_grpo_flags(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +28,10 @@ def add_grpo_flags(parser: argparse.ArgumentParser) -> None:
     add("--max-tokens", type=positive, default=512, help="of a completion (%(default)s)")
     add("--temperature", type=float, default=1.0, help="of the rollouts (%(default)s)")
     add("--kl", type=float, default=0.001, help="coefficient of the KL term (%(default)s)")
+    novelty = "how much of its reward a completion loses by being like others, 0 to 1 (%(default)s, as in the paper)"
+    add("--novelty", type=share, default=0.0, metavar="W", help=novelty)
+    rules = "a text that breaks a constraint of its query, as far as a rule can tell, gets no reward from the judge"
+    add("--constraints", action=argparse.BooleanOptionalAction, default=True, help=rules)
 
 
 def fitting_queries(args: argparse.Namespace, base: str) -> list[Query]:
@@ -83,6 +87,12 @@ def gather_rows(rows: list) -> list:
     from accelerate.utils import gather_object
 
     return gather_object(rows)
+
+
+def own_rows(rows: list, count: int) -> list:
+    """What belongs to this process, of rows in the order of `gather_rows`, of which it had given `count`."""
+    start = int(os.environ.get("RANK", 0)) * count
+    return rows[start : start + count]
 
 
 def progress_callback(title: str, shown: list[str], metrics: Path | None = None):

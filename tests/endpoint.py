@@ -136,6 +136,8 @@ def settings(url: str, **changed: object) -> SimpleNamespace:
         "price_out": 0.0,
         "budget": None,
         "graded": False,
+        "novelty": 0.0,
+        "constraints": True,
     }
     return SimpleNamespace(**usual | changed)
 

@@ -20,7 +20,7 @@ from common import records, rewards, run_folder
 from common.greetings import present_policies
 from common.offline.tiny_model import tiny_policy
 from common.policy import load_policy, lora
-from common.rewards import Rewards
+from common.rewards import Rewards, figures_of
 from common.run_folder import Stop
 from common.trainers import drop_rows_after
 
@@ -49,7 +49,9 @@ def judged(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     monkeypatch.setattr(rewards, "PAUSES", (0.0, 0.0))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
-    def step(texts: list[str], *replies: Reply | Callable, dwell: float = 0.0, **changed: object):
+    def step(
+        texts: list[str], *replies: Reply | Callable, dwell: float = 0.0, asked: str = "生日祝福", **changed: object
+    ):
         metrics: dict[str, float] = {}
         with endpoint(*replies) as served:
             served.dwell = dwell
@@ -60,7 +62,7 @@ def judged(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
                 found = Rewards(args, "")
                 async with found.client:
                     return await found(
-                        [[{"content": text}] for text in texts], ["生日祝福"] * len(texts),
+                        [[{"content": text}] for text in texts], [asked] * len(texts),
                         argparse.Namespace(global_step=3), metrics.__setitem__,
                     )  # fmt: skip
 
@@ -124,6 +126,34 @@ def test_a_slow_judge_hears_all_completions_of_a_step_at_once(judged: Callable) 
 def test_nothing_written_earns_nothing_and_is_not_asked(judged: Callable) -> None:
     rewards, _, served = judged(["", "  ", GOOD], chat('{"reason": "好", "verdict": 1}'))
     assert rewards == [0.0, 0.0, 1.0] and len(served.asked) == 1
+
+
+def test_a_broken_constraint_earns_nothing_for_a_reason_and_is_not_asked(judged: Callable, tmp_path: Path) -> None:
+    texts, accepts = ["灯下补鞋，肩上扛家。", GOOD], chat('{"reason": "好", "verdict": 1}')
+    rewards, _, served = judged(texts, accepts, asked="父亲节 八个字")
+    assert rewards == [1.0, 0.0] and len(served.asked) == 1
+    assert lines(tmp_path / "rollouts_judge.jsonl")[1]["reason"] == "constraint: 八个字"
+    rewards, _, served = judged(texts, accepts, asked="父亲节 八个字", constraints=False)
+    assert rewards == [1.0, 1.0]
+
+
+def test_what_is_like_others_earns_less_and_the_files_hold_what_the_judge_said(
+    judged: Callable, tmp_path: Path
+) -> None:
+    texts, accepts = [GOOD, GOOD, "灶上温着一碗红豆粥。"], chat('{"reason": "好", "verdict": 1}')
+    rewards, metrics, _ = judged(texts, accepts, novelty=0.6)
+    # Of a copy's runs half of its query's other completions hold all: novelty 1 - 1/6, of which 0.6 counts.
+    assert rewards == pytest.approx([0.9, 0.9, 1.0])
+    rows = lines(tmp_path / "rollouts_judge.jsonl")
+    assert [row["reward"] for row in rows] == [1.0] * 3 and rows[2]["novelty"] == 1.0 > rows[0]["novelty"]
+    assert metrics["without_spread"] == 1.0 and metrics["novelty"] == pytest.approx(1 - 1 / 9)
+
+
+def test_a_group_has_spread_if_two_judgements_differ() -> None:
+    figures = figures_of(
+        [(("q", "a"), (1.0, "")), (("q", "b"), (0.0, "")), (("r", "c"), (1.0, "")), (("r", "d"), (None, ""))]
+    )
+    assert figures["without_spread"] == 0.5
 
 
 def test_a_reward_that_is_no_number_is_no_reward(judged: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

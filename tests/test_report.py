@@ -33,10 +33,16 @@ def test_policy_figures_by_hand() -> None:
     rows = []
     for n, text in enumerate(texts):
         rows.append(greeting("a", n, text, 1) | {"grades": dict.fromkeys(WEIGHTS, 2), "quality": 2.0})
-    learnt = runs_of_12(["他说：祝你明天比今天更加快乐健康。"])
+    rows.append(rows[1] | {"sample": 1, "response": "祝你平安吉祥。", "constraints": 1})
+    rows[0]["constraints"] = 0
+    learnt = {"sft": runs_of_12(["他说：祝你明天比今天更加快乐健康。"]), "references": set()}
     figures = policy_figures(rows, Policy("a", "base", Path("run/policy_rm")), 20, learnt)
-    assert figures["length"] == 12.0 and figures["trained_on"] == ["reward_model"] and figures["distinct_texts"] == 1.0
-    assert figures["copied_12"] == figures["commonest_opening"][1] == 0.5 and figures["dimensions"]["culture"] == 2
+    assert figures["length"] == 10.3 and figures["trained_on"] == ["reward_model"] and figures["distinct_texts"] == 1.0
+    assert figures["copied_12"] == {"sft": 0.3333, "references": 0.0} and figures["dimensions"]["culture"] == 2
+    assert figures["commonest_opening"] == ["祝你", 0.6667]
+    # 祝你 你平 平安 are in both of a query's samples, 安。 and 安吉 吉祥 祥。 in one.
+    assert figures["self_overlap"] == round(3 / 7, 4)
+    assert (figures["constraints"]["value"], figures["constraints"]["n"]) == (0.5, 2)
     assert weighted_mean({"language": 3, "creativity": 1, "emotion": 2, "culture": 2, "richness": 2}) == 2.0
 
 

@@ -8,7 +8,8 @@ from collections import Counter
 import pytest
 from conftest import ROOT
 
-from common.lexicon import breaks_constraint, core
+from common.constraints import broken as breaks
+from common.lexicon import clauses, core
 from common.records import Labelled, Preference, Reference, read
 from common.signs import calls_somebody_else, echo, form, no_greeting, signs, task_talk
 from common.spoilt import (
@@ -47,7 +48,8 @@ def sources(kind: str) -> list[Source]:
         wanted = "other_person" if kind == "other_person" else "other_occasion"
         other = other_greeting(wanted, one, PAIRS, rng)
         query = one.query + (" 十个字" if kind == "constraint_broken" else "")
-        found.append(Source(query, one.texts[1][: 10 if kind == "constraint_broken" else None], other))
+        greeting = "".join(clauses(one.texts[1]))[:10] if kind == "constraint_broken" else one.texts[1]
+        found.append(Source(query, greeting, other))
     return found
 
 
@@ -125,7 +127,7 @@ def test_signs_in_words_of_no_template() -> None:
     assert task_talk("早安", "1. 早安！2. 早上好！") and not task_talk("早安", "早安，豆浆在桌上，路上慢点。")
     assert form("生日祝福", "生日快乐！又：元宵节快乐。") and not form("生日", "周末回家，生日快乐。")
     assert calls_somebody_else("妈妈生日", "领导，生日快乐。") and not calls_somebody_else("妈妈生日", "妈，生日快乐。")
-    assert breaks_constraint("父亲节 八个字", "爸爸，父亲节快乐，愿您每一天都开心。")
+    assert breaks("父亲节 八个字", "爸爸，父亲节快乐，愿您每一天都开心。")
     assert signs("生日", "") == {"damage"}
 
 

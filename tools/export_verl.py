@@ -37,6 +37,10 @@ def parse_args() -> argparse.Namespace:
     add_endpoint_flags(parser)
     run_folder.add_run_flags(parser)
     args = run_folder.parse(parser, {"bits": 16})
+    if args.novelty:
+        run_folder.fail(
+            "verl asks for the reward of one completion at a time, which has no novelty: leave --novelty out"
+        )
     args.directory = args.directory.resolve()
     args.rm = args.rm or args.run / "rm"
     args.principles = args.principles or args.run / "principles.jsonl"

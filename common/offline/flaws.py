@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from functools import lru_cache, partial
 
-from common import lexicon, signs
+from common import constraints, lexicon, signs
 from common.characters import BACKWARDS, BROKEN, ODD, REFERENCES, character_model, clause_ngrams
 from common.lexicon import LEXICON, OCCASIONS, STOCK, clauses, occasions_in, recipients_in
 from common.records import Reference, read
@@ -153,7 +153,7 @@ CODE = {
     "repetition": (_repetition, _write_repetition),
     "truncated": (None, _write_truncated),
     "foreign": (None, _write_foreign),
-    "style_ignored": (partial(_shows, lexicon.breaks_constraint), None),
+    "style_ignored": (partial(_shows, constraints.broken), None),
     "register": (_register, None),
     "broken": (_broken, _write_broken),
     "empty": (_empty, None),

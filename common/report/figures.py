@@ -1,6 +1,7 @@
 """Every figure of the report, from what step 5 has scored."""
 
 import argparse
+import itertools
 from collections import Counter
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from common.report.cost import cost_figures
 from common.report.evaluators import evaluate_evaluators
 from common.report.people import Rating, add_human_scores, people_figures
 from common.store import open_store
-from common.texts import diversity, runs_of_12
+from common.texts import diversity, runs_of_12, similarity
 
 SCORES = ["excellent", "judge", "agents", "reward_model"]  # columns of a scored greeting
 # (after, before): the differences between our own policies that the report shows.
@@ -40,9 +41,11 @@ def report_figures(args: argparse.Namespace, policies: list[Policy], scored: Sco
     names = list(rows_of)
     of_policies = [row for row in scored.comparisons if "a" in row]  # the others are pairs of labelled rows
 
-    # Diversity is compared on equally many characters of each; a copy shares 12 characters with an SFT text.
+    # Diversity is compared on equally many characters of each; a copy shares 12 characters with a text learnt from.
     characters = min((sum(len(row["response"]) for row in own) for own in rows_of.values()), default=0)
-    learnt = runs_of_12([row["completion"][0]["content"] for row in records.read_lines(args.run / "sft.jsonl")])
+    sft = [row["completion"][0]["content"] for row in records.read_lines(args.run / "sft.jsonl")]
+    references = [reference.response for reference in records.read(args.references, records.Reference)]
+    learnt = {"sft": runs_of_12(sft), "references": runs_of_12(references)}
     equal_length = stats.excellence_at_equal_length(rows, names)  # of those that have a grade
     tables = {}
     for policy in policies:
@@ -72,10 +75,11 @@ def report_figures(args: argparse.Namespace, policies: list[Policy], scored: Sco
     }
 
 
-def policy_figures(rows: list[dict], policy: Policy, characters: int, learnt: set[str]) -> dict:
+def policy_figures(rows: list[dict], policy: Policy, characters: int, learnt: dict[str, set[str]]) -> dict:
     """Scores, length and diversity of one policy's greetings.
 
-    Diversity is of `characters` characters; `learnt` are the runs of 12 characters that appear in an SFT text.
+    Diversity is of `characters` characters; `learnt` are the runs of 12 characters that appear in an SFT text, and in
+    a reference.
     """
     figures = {"excellence": stats.mean_of(rows, "excellent")}
     for column in [*SCORES[1:], "quality"]:
@@ -88,17 +92,32 @@ def policy_figures(rows: list[dict], policy: Policy, characters: int, learnt: se
     # Signs of a policy that has found a trick: one opening for all, one text for all, texts learnt by heart.
     texts = stats.column(rows, "response")
     opening, times = Counter(text[:2] for text in texts).most_common(1)[0]
-    copies = sum(not learnt.isdisjoint(runs_of_12([text])) for text in texts)
+    copied = {}
+    for source, runs in learnt.items():
+        copied[source] = round(sum(not runs.isdisjoint(runs_of_12([text])) for text in texts) / len(texts), 4)
     return figures | {
+        "constraints": stats.bootstrap(stats.query_means(rows, "constraints").values()),
         "trained_on": policy.trained_on,
         "length": round(sum(map(len, texts)) / len(texts), 1),
         **diversity(texts, characters),
         "distinct_texts": round(len(set(texts)) / len(texts), 4),
         "commonest_opening": [opening, round(times / len(texts), 4)],
-        "copied_12": round(copies / len(texts), 4),
+        "copied_12": copied,
+        "self_overlap": self_overlap(rows),
         "greetings": len(rows),
         "dimensions": dimensions,
     }
+
+
+def self_overlap(rows: list[dict]) -> float | None:
+    """Mean likeness of two samples for one query (`texts.similarity`); None where each query has one."""
+    samples: dict[str, list[str]] = {}
+    for row in rows:
+        samples.setdefault(row["query_id"], []).append(row["response"])
+    pairs = []
+    for texts in samples.values():
+        pairs += itertools.combinations(texts, 2)
+    return round(sum(similarity(*pair) for pair in pairs) / len(pairs), 4) if pairs else None
 
 
 def differences(rows_of: dict[str, list[dict]]) -> list[dict]:

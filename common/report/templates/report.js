@@ -68,6 +68,20 @@ function excellence() {
   });
 }
 
+function variety() {
+  const graded = NAMES.filter(name => DATA.policies[name].excellence.n);
+  if (!graded.length) return nothing("variety", "nothing was graded");
+  const xs = graded.map(name => DATA.policies[name].distinct_2), ys = graded.map(name => DATA.policies[name].excellence);
+  const room = .15 * (Math.max(...xs) - Math.min(...xs)) || .05;
+  const [lo, hi] = [Math.min(...ys.map(r => r.lo)), Math.max(...ys.map(r => r.hi))];
+  const svg = canvas("variety"), [x, y] = axes(svg, [Math.min(...xs) - room, Math.max(...xs) + 2 * room], [lo, hi + .05], {xlabel: "distinct-2", ylabel: "excellence", yshow: percent});
+  graded.forEach((name, i) => {
+    element(svg, "line", {x1: x(xs[i]), x2: x(xs[i]), y1: y(ys[i].lo), y2: y(ys[i].hi), stroke: colour[name], "stroke-opacity": .5, "stroke-width": 2});
+    element(svg, "circle", {cx: x(xs[i]), cy: y(ys[i].value), r: 5, fill: colour[name]});
+    element(svg, "text", {x: x(xs[i]) + 8, y: y(ys[i].value) - 6}, name);
+  });
+}
+
 function radar() {
   const svg = canvas("radar"), n = DATA.dimensions.length, R = H / 2 - 26, cx = W / 2, cy = H / 2 + 18;
   const at = (i, grade) => [cx + Math.sin(2 * Math.PI * i / n) * R * (grade - 1) / 2, cy - Math.cos(2 * Math.PI * i / n) * R * (grade - 1) / 2];
@@ -183,7 +197,7 @@ for (const table of document.querySelectorAll("table")) {
 }
 const key = document.querySelector(".key");
 for (const name of NAMES) { const item = element(key, "span"); element(item, "i", {style: `background:${colour[name]}`}); item.append(name); }
-for (const draw of [excellence, radar, matrix, costCurve, training, scatter]) draw();
+for (const draw of [excellence, variety, radar, matrix, costCurve, training, scatter]) draw();
 document.querySelector("#cost-curve select").addEventListener("change", costCurve);
 document.getElementById("filter").addEventListener("input", () => samples(20));
 samples(20);
