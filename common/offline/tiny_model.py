@@ -35,7 +35,7 @@ QUERY_FORMS += "{r} {o} 怎么说|{o}写给{r}的话"
 
 
 def tiny_policy() -> Path:
-    """The folder of the tiny model; trained (in 100 s on 2 cores, or 300 without AVX512) unless it is there already."""
+    """The folder of the tiny model; trained (in about two minutes on 2 cores) unless it is there already."""
     files = (__file__, flaws.__file__, LEXICON_FILE, REFERENCES, QUERIES, ROOT / "prompts" / "policy.md")
     folder = TINY / digest(*map(file_hash, files))
     if not (folder / "config.json").is_file():
