@@ -3,15 +3,15 @@
 Greetings of base, SFT, both GRPO policies, further policies and models behind an endpoint are graded on five
 dimensions by the rubric (excellent: weighted mean of at least 2), compared two by two in both orders, and judged by
 the refined judge of step 3, the five agents of step 1 and the reward model of step 2. Every evaluator is itself
-evaluated on labelled greetings, and on people's ratings where there are any, next to two baselines that understand
-nothing: text length and character n-grams; and a search looks for spoilt greetings with which judge, rubric and reward
-model can be bought.
+evaluated on labelled greetings, on machine-written ones that somebody read, and on people's ratings where there are
+any, next to two baselines that understand nothing: text length and character n-grams; and a search looks for spoilt
+greetings with which judge, rubric and reward model can be bought.
 
-Reads   held-out queries, labelled greetings, references, the policies, rm/ and principles.jsonl of the run, summaries
-        of 01 to 04; ablations.jsonl where tools/ablations.py has made it
+Reads   held-out queries, labelled greetings, readings, references, the policies, rm/ and principles.jsonl of the run,
+        summaries of 01 to 04; ablations.jsonl where tools/ablations.py has made it
 Writes  generations/NAME.jsonl for each policy, generations.jsonl, scores.jsonl, labelled_scores.jsonl,
-        comparisons.jsonl, curve.jsonl; bought.jsonl, bought.json (with --search); results.jsonl, report.html,
-        report.md, annotate.html (a page on which people rate), 05_summary.json
+        readings_scores.jsonl, comparisons.jsonl, curve.jsonl; bought.jsonl, bought.json (with --search);
+        results.jsonl, report.html, report.md, annotate.html (a page on which people rate), 05_summary.json
 Paper   arXiv 2508.21476: language 30, creativity 30, emotion 15, culture 15, richness 10; each 1-3. Departures:
         nothing written for another occasion or person is excellent (prompts/rubric.md);
         intervals by bootstrap over queries; scores at equal length, diversity, null baselines, cost with each score.
@@ -50,6 +50,7 @@ from common.report.evaluators import comparison, labelled_pairs, labelled_rows
 from common.report.figures import Scored, report_figures, result_rows
 from common.report.pages import TEMPLATES, finding, write_pages
 from common.report.people import Rating, pairs_of_policies, rating_page, read_ratings
+from common.report.readings import Reading
 from common.reward_model import RewardModel
 from common.run_folder import ROOT, Stage
 
@@ -61,6 +62,7 @@ def parse_args() -> argparse.Namespace:
     data = parser.add_argument_group("data").add_argument
     data("--queries", type=Path, default=ROOT / "data/queries_heldout.jsonl", help="held-out queries")
     data("--labelled", type=Path, default=ROOT / "data/labelled.jsonl", help="{query, response, label 0|1}")
+    data("--readings", type=Path, default=ROOT / "data/readings.jsonl", help="machine-written greetings, read blind")
     data("--references", type=Path, default=ROOT / "data/references.jsonl", help="examples for the five agents")
     scores = parser.add_argument_group("scores").add_argument
     scores("--pairwise", type=int, default=200, help="queries on which policies are compared in pairs (%(default)s)")
@@ -137,8 +139,9 @@ async def score(
     references: list[records.Reference],
     compared: list[str],
     labelled: list[dict],
+    readings: list[dict],
 ) -> Counter:
-    """Write the greetings, and what every evaluator says of them, of the labelled greetings and of rollouts.
+    """Write the greetings, and what every evaluator says of them, of labelled ones, of readings and of rollouts.
 
     `compared` are the ids of the queries on which each two policies are compared. Returns the failures by reason.
     """
@@ -156,26 +159,27 @@ async def score(
             if constraints_in(row["query"]):
                 row["constraints"] = int(not broken(row["query"], row["response"]))
 
-        # What is to be scored: greetings, labelled rows (how good is the evaluator?), rollouts (what did GRPO cost?).
-        curve = rollouts(args.run, args.seed)
+        # What is to be scored: greetings; labelled rows and readings (how good is the evaluator?); rollouts (what did
+        # GRPO cost?).
+        curve, judged = rollouts(args.run, args.seed), greetings + test + readings
         retrieval = Retrieval(references)
-        retrieval.look_up(sorted(set(stats.column(greetings + test, "query"))))
+        retrieval.look_up(sorted(set(stats.column(judged, "query"))))
         pairs = pairs_of_policies(greetings, compared)
         if args.pairwise:
             pairs += labelled_pairs(test)
         comparisons = [comparison(one, other) for one, other in pairs]
 
         # Every evaluator adds its columns to these rows. They are all asked at once: the endpoint sets the pace.
-        work = [add_grades(rubric, row, failures) for row in greetings + test + curve]
+        work = [add_grades(rubric, row, failures) for row in judged + curve]
         path = args.run / "principles.jsonl"
         if path.is_file():
             # The judge that step 3 began with judges labelled rows alone, which shows what refining was worth.
             refined, seed = current_principles(path), records.read(path, Version)[0].principles
-            work += [add_verdict(agents, row, "judge", refined, failures) for row in greetings + test]
-            work += [add_verdict(agents, row, "seed_judge", seed, failures) for row in test]
+            work += [add_verdict(agents, row, "judge", refined, failures) for row in judged]
+            work += [add_verdict(agents, row, "seed_judge", seed, failures) for row in test + readings]
         for row, (one, other) in zip(comparisons, pairs, strict=True):
             work.append(add_outcome(rubric, row, one, other, failures))
-        work += [add_agents_verdict(agents, retrieval, row, failures) for row in greetings + test]
+        work += [add_agents_verdict(agents, retrieval, row, failures) for row in judged]
         with tqdm(total=len(work), desc="evaluators") as bar:
             tasks = [asyncio.ensure_future(one) for one in work]
             for task in tasks:
@@ -186,11 +190,11 @@ async def score(
     # threshold for "good" is fitted on those that are not in `test`.
     if (args.run / "rm" / "calibration.json").is_file():  # written when it is trained
         reward_model = RewardModel(args.run / "rm", policies[0].base, args.prompts)
-        rows = greetings + labelled
+        rows = greetings + labelled + readings
         scores = reward_model.score([(row["query"], row["response"]) for row in rows])
         for row, row_score in zip(rows, scores, strict=True):
             row["reward_model"] = row_score
-    for file, rows in zip(Scored.FILES, Scored(greetings, labelled, comparisons, curve), strict=True):
+    for file, rows in zip(Scored.FILES, Scored(greetings, labelled, comparisons, curve, readings), strict=True):
         records.write(args.run / file, rows)
     return failures
 
@@ -227,7 +231,8 @@ def evaluators(args: argparse.Namespace, prompts: list[str]) -> dict:
 def scores_stage(args: argparse.Namespace, policies: list[Policy]) -> Stage:
     made_with = evaluators(args, ["rubric", "pairwise", "detector", *ROLES])
     made_with |= run_folder.settings(args, "greetings", "scores")
-    made_with["queries"], made_with["references"] = map(run_folder.file_hash, (args.queries, args.references))
+    for name in ("queries", "references", "readings"):
+        made_with[name] = run_folder.file_hash(getattr(args, name))
     made_with["greetings"] = {policy.name: run_folder.digest(greeting_settings(args, policy)) for policy in policies}
     return Stage(args.run, "05_scores", ["generations.jsonl", *Scored.FILES], made_with, args.redo)
 
@@ -261,6 +266,7 @@ def main(args: argparse.Namespace) -> int:
     for file in args.annotations:  # a file that cannot be read shows before the work
         records.read(file, Rating, "annotate.html", unique=False)
     labelled = labelled_rows(args)
+    readings = [reading.model_dump() for reading in records.read(args.readings, Reading, unique=False)]
     # The same random queries for comparisons and for the rating page, so that people and rubric see the same pairs.
     # They are drawn by a hash: a query that is added moves no other.
     drawn = sorted(queries, key=lambda query: run_folder.digest(args.seed, "compared", query.query))
@@ -270,7 +276,7 @@ def main(args: argparse.Namespace) -> int:
     scores = scores_stage(args, policies)
     if not scores.done:
         silence_libraries()
-        failures = asyncio.run(score(args, policies, queries, references, order[: args.pairwise], labelled))
+        failures = asyncio.run(score(args, policies, queries, references, order[: args.pairwise], labelled, readings))
         if not failures:
             scores.finish()
 

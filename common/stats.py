@@ -68,6 +68,25 @@ def _kappa(rows) -> tuple[float, float, float]:
     return kappas[0], lo, hi
 
 
+def correlation(values: list[float | None], others: list[float], queries: list[str]) -> dict:
+    """Pearson's correlation with its interval over resamples of the queries; a row without a value is left out.
+
+    None where one of the two sides does not vary.
+    """
+    import numpy as np
+    import pandas as pd
+
+    rows = pd.DataFrame({"x": values, "y": others, "query": queries}).dropna().astype({"x": float, "y": float})
+    if min(rows["x"].nunique(), rows["y"].nunique()) < 2:
+        return {"value": None, "lo": None, "hi": None, "n": len(rows)}
+    x, y = rows["x"], rows["y"]
+    terms = pd.DataFrame({"n": 1, "x": x, "y": y, "xx": x * x, "yy": y * y, "xy": x * y}).groupby(rows["query"]).sum()
+    n, x, y, xx, yy, xy = (times_drawn(len(terms), RESAMPLES) @ terms.to_numpy()).T
+    scale = np.sqrt(np.maximum(0, n * xx - x * x) * np.maximum(0, n * yy - y * y))
+    drawn = np.where(scale > 0, (n * xy - x * y) / np.where(scale > 0, scale, 1), 0.0)
+    return interval(drawn[0], drawn[1:], len(rows))
+
+
 def times_drawn(n: int, resamples: int):
     """How often each of n queries is drawn, (1 + resamples, n): each once, then in draws with replacement."""
     import numpy as np

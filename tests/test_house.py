@@ -21,7 +21,7 @@ FLOORS = [  # a room imports from lower floors only
     ["endpoint", "engine", "trainers", "reward_model", "characters", "pairs", "search", "novelty"],
     ["client", "memory", "signs"],
     ["judge", "debate", "greetings", "evaluators", "flaws", "rounds"],
-    ["rewards", "watch", "hard", "cost", "people", "bought", "critic", "tiny_model"],
+    ["rewards", "watch", "hard", "cost", "people", "bought", "readings", "critic", "tiny_model"],
     ["grpo_trainer"],
     ["figures"],
     ["pages"],

@@ -11,6 +11,7 @@ from common.greetings import OWN, Policy
 from common.report.cost import cost_figures
 from common.report.evaluators import evaluate_evaluators
 from common.report.people import Rating, add_human_scores, people_figures
+from common.report.readings import readings_figures
 from common.store import open_store
 from common.texts import diversity, runs_of_12, similarity
 
@@ -26,8 +27,9 @@ class Scored(NamedTuple):
     labelled: list[dict]
     comparisons: list[dict]
     rollouts: list[dict]
+    readings: list[dict]
 
-    FILES = ("scores.jsonl", "labelled_scores.jsonl", "comparisons.jsonl", "curve.jsonl")
+    FILES = ("scores.jsonl", "labelled_scores.jsonl", "comparisons.jsonl", "curve.jsonl", "readings_scores.jsonl")
 
 
 def report_figures(args: argparse.Namespace, policies: list[Policy], scored: Scored, ratings: list[Rating]) -> dict:
@@ -68,6 +70,7 @@ def report_figures(args: argparse.Namespace, policies: list[Policy], scored: Sco
         "differences": differences(rows_of),
         "wins": stats.wins_of(of_policies, names),
         **evaluate_evaluators(scored.labelled, scored.comparisons),
+        "readings": readings_figures(scored.readings, [row for row in scored.labelled if row["part"] != "test"]),
         "cost": cost_figures(args.run, rows, scored.rollouts),
         "people": people_figures(ratings, rows, scored.comparisons, scored.labelled, names) if ratings else None,
         "ledger": open_store(args, "05").ledger(),
