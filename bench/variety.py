@@ -50,7 +50,7 @@ def run_seed(run: Path, seed: int) -> None:
         for reward in REWARDS if name == "w0" else ["judge"]:  # scores never agree: groups matter to verdicts alone
             step("04_grpo.py", variant, seed, "--reward", reward, *flags)
             further.append(f"{name}_{reward}={variant / f'policy_{reward}'}")
-    step("05_evaluate.py", run, seed, "--search", 0, "--policies", *further)
+    step("05_evaluate.py", run, seed, "--policies", *further)
 
 
 def copy_start(run: Path, variant: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from common.novelty import multiply, novelties, take_off
 from common.texts import runs_of_12
+from common.trainers import own_rows
 
 ALIKE = "愿灯火替我守着你的夜。"
 DIFFERENT = ["灶上温着一碗红豆粥。", "窗台的雪化成了春水。", "旧围巾还留着你的针脚。", "雁群今早飞过了屋脊。"]
@@ -74,3 +75,10 @@ def test_a_failed_judgement_stays_one() -> None:
     assert multiply([None, 1.0], [0.0, 0.0], 0.5) == [None, 0.5]
     assert take_off([None, None], [0.0, 1.0], 0.5) == [None, None]
     assert take_off([None, 1.0, 3.0], [0.0, 0.0, 1.0], 0.5) == [None, 0.5, 3.0]
+
+
+def test_each_process_gets_the_rewards_of_its_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    taught = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
+    assert own_rows(taught, 6) == taught
+    monkeypatch.setenv("RANK", "1")
+    assert own_rows(taught, 2) == [0.2, 0.3]

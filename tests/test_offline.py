@@ -10,7 +10,7 @@ from common.answers import Answer, FlawedGreeting, Grades, Lesson, Points, Rules
 from common.lexicon import clauses
 from common.offline.critic import answer, flaws_of_strategy, grades
 from common.offline.flaws import FLAWS, flaws_of, flaws_spoken_of
-from common.offline.tiny_model import training_texts
+from common.offline.tiny_model import _orthogonal, training_texts
 from common.prompts import render
 from common.records import Labelled, Reference, read
 
@@ -144,3 +144,17 @@ def test_the_optimiser_adds_what_is_missing_and_drops_what_is_too_strict() -> No
     feedback = [f"过严，删去：{FLAWS['short'].rule}。补上：{FLAWS['empty'].rule}（2 次）"]
     new = ask("optimiser", kind="准则", rules=rules, feedback=feedback).rules
     assert flaws_spoken_of(new) == ["empty"] and "情感真挚。" in new
+
+
+@pytest.mark.parametrize("shape", [(64, 192), (192, 64), (64, 64)])
+def test_the_tiny_model_s_step_is_torch_s_muon_but_for_rounding(shape: tuple[int, int]) -> None:
+    import torch
+
+    rng = torch.Generator().manual_seed(0)
+    theirs = torch.nn.Parameter(torch.randn(shape, generator=rng))
+    before, theirs.grad = theirs.detach().clone(), torch.randn(shape, generator=rng)
+    ours = _orthogonal(0.05 * theirs.grad + 0.95 * 0.05 * theirs.grad)  # Nesterov's look ahead; its scale is lost
+    torch.optim.Muon([theirs], lr=1.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw").step()
+    step = 0.2 * max(shape) ** 0.5 * ours
+    assert (before - theirs - step).abs().max() < 0.05 * step.abs().max()  # in bf16
+    assert (torch.linalg.svdvals(ours) - 1).abs().max() < 0.5
