@@ -5,7 +5,7 @@ Reinforcing Diversity and Quality in Language Model Generations", arXiv 2509.025
 """
 
 import statistics
-from collections import Counter, defaultdict
+from collections.abc import Set
 from pathlib import Path
 
 from common.records import Demonstration, Reference, read
@@ -26,31 +26,28 @@ def learnt_by_heart(sft: Path) -> set[str]:
     return runs_of_12(texts)
 
 
-def novelties(rows: list[tuple[str, str]], learnt: set[str]) -> list[float]:
+def novelties(rows: list[tuple[str, str]], learnt: Set[str]) -> list[float]:
     """The novelty of each (query, text) of a step, from 0 (nothing is its own) to 1.
 
-    1 - (g + s + c) / 3, all of them shares of a text's runs of characters: g the mean share of its runs of 4 that stand
-    in another completion of its query, s the share that stand in a completion of another query, c the share of its
-    runs of 12 that were learnt by heart. An empty text has no novelty. The order of the rows does not matter.
+    1 - (g + s + c) / 3, all of them shares of a text's runs of characters: g of its runs of 4, those that stand in the
+    completion of its query that is most like it; s the same of the completions of other queries; c of its runs of 12,
+    those that were learnt by heart. The nearest text and not the mean of all, since copies are what is to be rare. An
+    empty text has no novelty. The order of the rows does not matter.
     """
     runs = [set(ngrams(text, RUN)) or {text} for _, text in rows]
-    in_step: Counter = Counter()  # run -> completions that hold it
-    in_group: dict[str, Counter] = defaultdict(Counter)  # the same of each query
-    completions = Counter(query for query, _ in rows)
-    for (query, _), own in zip(rows, runs, strict=True):
-        in_step.update(own)
-        in_group[query].update(own)
-
     values = []
-    for (query, text), own in zip(rows, runs, strict=True):
-        others = completions[query] - 1
-        shared = sum(in_group[query][run] - 1 for run in own)
-        elsewhere = sum(in_step[run] > in_group[query][run] for run in own)
+    for number, (query, text) in enumerate(rows):
+        group = elsewhere = 0.0
+        for other, (asked, _) in enumerate(rows):
+            if other != number:
+                shared = len(runs[number] & runs[other]) / len(runs[number])
+                if asked == query:
+                    group = max(group, shared)
+                else:
+                    elsewhere = max(elsewhere, shared)
         long = ngrams(text, 12)
-        likeness = shared / (len(own) * others) if others else 0.0
-        likeness += elsewhere / len(own)
-        likeness += sum(run in learnt for run in long) / max(1, len(long))
-        values.append(1 - likeness / 3 if text.strip() else 0.0)
+        copied = sum(run in learnt for run in long) / max(1, len(long))
+        values.append(1 - (group + elsewhere + copied) / 3 if text.strip() else 0.0)
     return values
 
 

@@ -142,11 +142,11 @@ def test_what_is_like_others_earns_less_and_the_files_hold_what_the_judge_said(
 ) -> None:
     texts, accepts = [GOOD, GOOD, "灶上温着一碗红豆粥。"], chat('{"reason": "好", "verdict": 1}')
     rewards, metrics, _ = judged(texts, accepts, novelty=0.6)
-    # Of a copy's runs half of its query's other completions hold all: novelty 1 - 1/6, of which 0.6 counts.
-    assert rewards == pytest.approx([0.9, 0.9, 1.0])
+    # Of a copy's runs another completion of its query holds all: 2/3 of it are new, and 0.6 of the rest is lost.
+    assert rewards == pytest.approx([0.8, 0.8, 1.0])
     rows = lines(tmp_path / "rollouts_judge.jsonl")
     assert [row["reward"] for row in rows] == [1.0] * 3 and rows[2]["novelty"] == 1.0 > rows[0]["novelty"]
-    assert metrics["without_spread"] == 1.0 and metrics["novelty"] == pytest.approx(1 - 1 / 9)
+    assert metrics["without_spread"] == 1.0 and metrics["novelty"] == pytest.approx(7 / 9)
 
 
 def test_a_group_has_spread_if_two_judgements_differ() -> None:
