@@ -50,7 +50,7 @@ from common.engine import adapter_sync, add_engine_flag, choose_engine
 from common.grpo_trainer import GAP, grpo_trainer
 from common.judge import current_principles
 from common.memory import add_memory_flags, check_gpu, engine_share, peak_gib, show_plan
-from common.novelty import learnt_by_heart
+from common.novelty import REFERENCES, learnt_by_heart
 from common.policy import (
     MAX_PROMPT,
     add_policy_flags,
@@ -71,7 +71,8 @@ OFFLINE = {"bits": 16, "engine": "hf", "sft_epochs": 4, "sft_learning_rate": 2e-
 OFFLINE |= {"learning_rate": 1.5e-3, "kl": 0.05, "steps": 48, "samples": 16, "queries_per_step": 8, "mini_batch": 4}
 OFFLINE |= {"micro_batch": 64, "max_tokens": 48, "novelty": 0.5}
 RATIO = "sampling/importance_sampling_ratio"  # TRL's name for the trainer's probability over the engine's
-PANELS = {"reward": ["reward", "reward_std"], "length, diversity": ["reward_length_correlation", "distinct_2"]}
+PANELS = {"reward": ["raw_reward", "reward", "reward_std"]}
+PANELS |= {"length, diversity": ["reward_length_correlation", "distinct_2"]}
 PANELS |= {"tokens": ["completions/mean_length"], "KL, gap, ratio": ["kl", GAP, f"{RATIO}/min"]}
 PANELS |= {"signs": [f"signs/{name}" for name in COUNTED]}
 PANELS |= {"shares": ["without_spread", "completions/clipped_ratio", "novelty"]}
@@ -209,7 +210,7 @@ def build_trainer(args: argparse.Namespace, base: str, queries: list[records.Que
         use_bias_correction_kl=False,  # the paper's low-variance estimator ("k3"), as verl has it in the loss
         report_to=args.report_to, **trainers.trainer_settings(model),
     )  # fmt: skip
-    shown, metrics = ["reward", "completions/mean_length"], args.run / f"metrics_{args.reward}.jsonl"
+    shown, metrics = ["raw_reward", "completions/mean_length"], args.run / f"metrics_{args.reward}.jsonl"
     if args.engine == "vllm":  # transformers goes by the model's generation config; vLLM knows the base's alone
         config.generation_kwargs = {"stop_token_ids": model.generation_config.eos_token_id}
     callbacks = [trainers.progress_callback(f"GRPO, reward {args.reward}", shown, metrics)]
@@ -238,8 +239,8 @@ def grpo_figures(args: argparse.Namespace, trainer, steps: list[dict], looks: li
 
     gaps = [row[GAP] for row in steps if row.get(GAP) is not None]
     syncs = trainer.vllm_generation.syncs if args.engine == "vllm" else []  # (seconds, bytes)
-    rewarded = [row for row in steps if "reward" in row]  # a second update from the same rollouts logs none
-    first, last = first_and_last_tenth([row["reward"] for row in rewarded])
+    rewarded = [row for row in steps if "raw_reward" in row]  # a second update from the same rollouts logs none
+    first, last = first_and_last_tenth([row["raw_reward"] for row in rewarded])
     signs = {}
     for name in COUNTED:
         early, late = first_and_last_tenth([row[f"signs/{name}"] for row in rewarded])
@@ -279,6 +280,7 @@ def open_stage(args: argparse.Namespace, base: str) -> run_folder.Stage:
         if run_folder.unfinished(args.run, "04_none"):
             run_folder.fail(f"the SFT of {args.run / 'policy_sft'} has not ended; go on with it by --reward none")
         settings = run_folder.settings(args, "GRPO", "watch", "models")
+        settings["learnt"] = run_folder.file_hash(args.sft), run_folder.file_hash(REFERENCES)
         settings["policy_sft"] = run_folder.file_hash(args.run / "policy_sft" / "adapter_model.safetensors")
         outputs.append(f"rollouts_{args.reward}.jsonl")
         if args.watch_every:

@@ -18,8 +18,7 @@ Paper   arXiv 2508.21476: language 30, creativity 30, emotion 15, culture 15, ri
 Example python 05_evaluate.py --offline --run outputs/mine
 
 A row is a dict, one line of a JSONL file. Evaluators add columns to it: `grades`, `quality` and `excellent` (rubric),
-`judge`, `seed_judge` and `agents` (verdicts 1 or 0), `reward_model` (a score). None: no usable answer came. A rule adds
-`constraints`, 1 kept or 0 broken, to a greeting whose query has any.
+`judge`, `seed_judge` and `agents` (verdicts 1 or 0), `reward_model` (a score). None: no usable answer came.
 """
 
 import argparse
@@ -35,7 +34,6 @@ from tqdm import tqdm
 from common import records, run_folder, stats
 from common.answers import Preferred, Unusable
 from common.client import Client, gather_all
-from common.constraints import broken, constraints_in
 from common.debate import ROLES, Retrieval, add_agents_verdict
 from common.endpoint import address, endpoint_name, variable
 from common.engine import Writer
@@ -155,9 +153,6 @@ async def score(
             greetings += await greetings_of(args, policy, queries, writers.get(policy.name, writer), failures)
         writer.close()  # the reward model needs the memory
         records.write(args.run / "generations.jsonl", greetings)
-        for row in greetings:
-            if constraints_in(row["query"]):
-                row["constraints"] = int(not broken(row["query"], row["response"]))
 
         # What is to be scored: greetings; labelled rows and readings (how good is the evaluator?); rollouts (what did
         # GRPO cost?).

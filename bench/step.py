@@ -45,6 +45,7 @@ RATES = (3e-6, 1e-5, 3e-5, 1e-4)
 # 16 completions an update, and two updates of each rollout, as at step 4's defaults.
 SWEEP = ["--queries-per-step", 4, "--mini-batch", 2, "--samples", 8, "--kl", 0.001, "--max-tokens", 32]
 SWEEP += ["--temperature", 0.8, "--micro-batch", 8, "--watch-every", 0, "--save-every", 1, "--max-gap", 9]
+SWEEP += ["--novelty", 0, "--no-constraints"]
 
 
 def machine() -> str:
@@ -245,7 +246,7 @@ def sweep(args: argparse.Namespace) -> None:
             copy_of(start, folder / "copy").rename(run)
         step_4(args, run, *flags, "--learning-rate", rate)
         steps = read_lines(run / "metrics_judge.jsonl")
-        rewards = [step["reward"] for step in steps if "reward" in step]
+        rewards = [step["raw_reward"] for step in steps if "raw_reward" in step]
         gaps = [step[GAP] for step in steps if GAP in step]
         last = steps[-max(1, len(steps) // 4) :]  # one update's KL is of few texts
         figures = {"kl": statistics.mean(step["kl"] for step in last), "reward_first": rewards[0]}

@@ -4,26 +4,35 @@ GRPO makes a policy repeat what was rewarded once. Rewarding quality and differe
 Reinforcing Diversity and Quality in Language Model Generations", arXiv 2509.02534).
 """
 
+import math
 import statistics
 from collections.abc import Set
 from pathlib import Path
 
 from common.records import Demonstration, Reference, read
 from common.run_folder import ROOT
-from common.texts import ngrams, runs_of_12
+from common.texts import ngrams
 
-RUN = 4  # characters in a row
+REFERENCES = ROOT / "data/references.jsonl"
+# Characters in a row: what likeness is counted in, and what is copied rather than met by chance. That is of Chinese; an
+# alphabet has more in common.
+RUN, COPIED = 4, 12
 ACCEPTED = 0.5  # least reward of a text that the judge accepts, where the reward is P(verdict = 1)
 
 Rewarded = list[float | None]
 
 
 def learnt_by_heart(sft: Path) -> set[str]:
-    """The runs of 12 characters of the references and of the demonstrations, where there are any."""
-    texts = [reference.response for reference in read(ROOT / "data/references.jsonl", Reference)]
+    """Every run of 4 to 12 characters of the references and of the demonstrations, where there are any."""
+    texts = [reference.response for reference in read(REFERENCES, Reference)]
     if sft.is_file():
         texts += [row.completion[0]["content"] for row in read(sft, Demonstration)]
-    return runs_of_12(texts)
+    return runs_in(texts)
+
+
+def runs_in(texts: list[str]) -> set[str]:
+    """Every run of RUN to COPIED characters."""
+    return {run for text in texts for length in range(RUN, COPIED + 1) for run in ngrams(text, length)}
 
 
 def novelties(rows: list[tuple[str, str]], learnt: Set[str]) -> list[float]:
@@ -31,8 +40,8 @@ def novelties(rows: list[tuple[str, str]], learnt: Set[str]) -> list[float]:
 
     1 - (g + s + c) / 3, all of them shares of a text's runs of characters: g of its runs of 4, those that stand in the
     completion of its query that is most like it; s the same of the completions of other queries; c of its runs of 12,
-    those that were learnt by heart. The nearest text and not the mean of all, since copies are what is to be rare. An
-    empty text has no novelty. The order of the rows does not matter.
+    or of it all where it is shorter, those that were learnt by heart. The nearest text and not the mean of all, since
+    copies are what is to be rare. An empty text has no novelty. The order of the rows does not matter.
     """
     runs = [set(ngrams(text, RUN)) or {text} for _, text in rows]
     values = []
@@ -45,13 +54,13 @@ def novelties(rows: list[tuple[str, str]], learnt: Set[str]) -> list[float]:
                     group = max(group, shared)
                 else:
                     elsewhere = max(elsewhere, shared)
-        long = ngrams(text, 12)
+        long = ngrams(text, min(COPIED, len(text)))
         copied = sum(run in learnt for run in long) / max(1, len(long))
         values.append(1 - (group + elsewhere + copied) / 3 if text.strip() else 0.0)
     return values
 
 
-def multiply(rewards: Rewarded, values: list[float], weight: float) -> Rewarded:
+def multiply(rewards: Rewarded, values: list[float], weight: float, queries: list[str]) -> Rewarded:
     """Verdicts r (1, 0, or P(verdict = 1)) times 1 - weight * (1 - novelty): quality times difference.
 
     A text that is refused counts as having no novelty, so that no novelty lifts it above one that is accepted.
@@ -63,14 +72,18 @@ def multiply(rewards: Rewarded, values: list[float], weight: float) -> Rewarded:
     return taught
 
 
-def take_off(rewards: Rewarded, values: list[float], weight: float) -> Rewarded:
-    """Scores minus weight * (1 - novelty) standard deviations of the step's scores.
+def take_off(rewards: Rewarded, values: list[float], weight: float, queries: list[str]) -> Rewarded:
+    """Scores minus weight * (1 - novelty) standard deviations of the scores within a query, pooled over the step.
 
     A product would reward copies of texts whose score is negative. With a weight of at most 1 no difference of more
     than a standard deviation changes its sign.
     """
-    usable = [reward for reward in rewards if reward is not None]
-    unit = statistics.pstdev(usable) if usable else 0.0
+    of_query: dict[str, list[float]] = {}
+    for query, reward in zip(queries, rewards, strict=True):
+        if reward is not None:
+            of_query.setdefault(query, []).append(reward)
+    squares = [len(own) * statistics.pvariance(own) for own in of_query.values()]
+    unit = math.sqrt(sum(squares) / max(1, sum(map(len, of_query.values()))))
     taught: Rewarded = []
     for reward, novelty in zip(rewards, values, strict=True):
         taught.append(reward if reward is None else reward - weight * unit * (1 - novelty))

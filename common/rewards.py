@@ -1,7 +1,7 @@
 """The reward of a GRPO step: the reward model's scores (A), or the verdicts of the judge under principles (B).
 
 What a rule finds broken of a query's constraints the judge is not asked about, and --novelty lowers the reward of
-completions that are like others (novelty.py). The files have the reward as it was before that.
+completions that are like others (novelty.py). rollouts_*.jsonl and `raw_reward` have it as it was before that.
 
 A completion whose reward could not be computed gets None: TRL leaves it out of its group's mean and its advantage is
 0, so it teaches nothing. It is never a 0, which would teach that the text was bad.
@@ -75,7 +75,8 @@ class Rewards:
         log_metric("novelty", sum(values) / len(values))
         log_metric("seconds/reward", time.perf_counter() - started)
         teach = take_off if self.args.reward == "rm" else multiply
-        taught = teach([reward for _, (reward, _) in gathered], values, self.args.novelty)
+        asked = [asked for (asked, _), _ in gathered]
+        taught = teach([reward for _, (reward, _) in gathered], values, self.args.novelty, asked)
         return own_rows(taught, len(rows))
 
     async def rewards_for(self, rows: list[tuple[str, str]]) -> list[Reward]:
@@ -155,7 +156,8 @@ def figures_of(gathered: list[tuple[tuple[str, str], Reward]]) -> dict[str, floa
     pairs = []
     for text in texts:
         pairs += ngrams(text, 2)
-    figures = {"reward_length_correlation": correlation, "distinct_2": len(set(pairs)) / max(1, len(pairs))}
+    figures = {"raw_reward": float(rewarded[:, 0].mean()) if len(rewarded) else 0.0}
+    figures |= {"reward_length_correlation": correlation, "distinct_2": len(set(pairs)) / max(1, len(pairs))}
     shown = [counted(query, text) for (query, text), _ in gathered]
     for name in COUNTED:
         figures[f"signs/{name}"] = sum(name in some for some in shown) / len(texts)

@@ -149,7 +149,8 @@ def watch_callback(args: argparse.Namespace, watch: Watch, updates: int):
         def look(self, state, control, model, tokenizer) -> None:
             row = {}
             if main_process():
-                rewards = [log["reward"] for log in state.log_history if "reward" in log]
+                # Before novelty: texts that become alike must not hide from the watch that the reward rises.
+                rewards = [log["raw_reward"] for log in state.log_history if "raw_reward" in log]
                 row = watch.look(model, tokenizer, state.global_step, rewards)
                 if row["best"]:
                     save_adapter(model, args.run / f"{args.name}_best")

@@ -287,7 +287,7 @@ def test_queries_that_do_not_fill_a_step_end_it_before_anything_is_loaded(
     with pytest.raises(SystemExit) as stopped:
         grpo.main(grpo.parse_args())
     *_, line = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == 2 and "has 15 queries" in line and "--queries-per-step 16" in line
+    assert stopped.value.code == 2 and "has 7 queries" in line and "--queries-per-step 8" in line
     assert not (tmp_path / "run/policy_judge").exists()
 
     # Nothing was made, so other queries need no --redo.

@@ -93,7 +93,7 @@ def test_grpo_writes_for_the_same_queries_and_gathers_the_rewards(runs: dict[int
         assert [row["step"] for row in metrics] == [1, 2, 3, 4]
         for step in (0, 2):
             rewards = [row["reward"] for row in lines(run / "rollouts_judge.jsonl") if row["step"] == step]
-            assert metrics[step]["reward"] == pytest.approx(sum(rewards) / len(rewards), abs=1e-4)
+            assert metrics[step]["raw_reward"] == pytest.approx(sum(rewards) / len(rewards), abs=1e-4)
     assert all(len({row["step"] for row in lines(run / "watch_judge.jsonl")}) == 3 for run in runs.values())
     for run in runs.values():
         assert not list(run.rglob("*.tmp")) and (run / "policy_judge/adapter_model.safetensors").is_file()

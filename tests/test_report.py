@@ -33,8 +33,8 @@ def test_policy_figures_by_hand() -> None:
     rows = []
     for n, text in enumerate(texts):
         rows.append(greeting("a", n, text, 1) | {"grades": dict.fromkeys(WEIGHTS, 2), "quality": 2.0})
-    rows.append(rows[1] | {"sample": 1, "response": "祝你平安吉祥。", "constraints": 1})
-    rows[0]["constraints"] = 0
+    rows.append(rows[1] | {"sample": 1, "response": "祝你平安吉祥。"})
+    rows[0]["query"], rows[1]["query"] = "生日 八个字", "生日 十个字以内"
     learnt = {"sft": runs_of_12(["他说：祝你明天比今天更加快乐健康。"]), "references": set()}
     figures = policy_figures(rows, Policy("a", "base", Path("run/policy_rm")), 20, learnt)
     assert figures["length"] == 10.3 and figures["trained_on"] == ["reward_model"] and figures["distinct_texts"] == 1.0

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from common import records, stats
 from common.answers import WEIGHTS
-from common.greetings import OWN, Policy
+from common.constraints import broken, constraints_in
+from common.greetings import EMPTY, OWN, Policy
 from common.report.cost import cost_figures
 from common.report.evaluators import evaluate_evaluators
 from common.report.people import Rating, add_human_scores, people_figures
@@ -99,7 +100,7 @@ def policy_figures(rows: list[dict], policy: Policy, characters: int, learnt: di
     for source, runs in learnt.items():
         copied[source] = round(sum(not runs.isdisjoint(runs_of_12([text])) for text in texts) / len(texts), 4)
     return figures | {
-        "constraints": stats.bootstrap(stats.query_means(rows, "constraints").values()),
+        "constraints": constraints_kept(rows),
         "trained_on": policy.trained_on,
         "length": round(sum(map(len, texts)) / len(texts), 1),
         **diversity(texts, characters),
@@ -110,6 +111,16 @@ def policy_figures(rows: list[dict], policy: Policy, characters: int, learnt: di
         "greetings": len(rows),
         "dimensions": dimensions,
     }
+
+
+def constraints_kept(rows: list[dict]) -> dict:
+    """The share of greetings that keep what their queries ask of their form, of those that a rule can check."""
+    checked = []
+    for row in rows:
+        if constraints_in(row["query"]):
+            text = row["response"].replace(EMPTY, "")
+            checked.append({"query_id": row["query_id"], "kept": int(not broken(row["query"], text))})
+    return stats.bootstrap(stats.query_means(checked, "kept").values())
 
 
 def self_overlap(rows: list[dict]) -> float | None:
