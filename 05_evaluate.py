@@ -3,7 +3,7 @@
 Greetings of base, SFT, both GRPO policies, further policies and models behind an endpoint are graded on five
 dimensions by the rubric (excellent: weighted mean of at least 2), compared two by two in both orders, and judged by
 the refined judge of step 3, the five agents of step 1 and the reward model of step 2. Every evaluator is itself
-evaluated on labelled greetings, on machine-written ones that somebody read, and on people's ratings where there are
+evaluated on labelled greetings, on machine-written ones that a reader rated, and on people's ratings where there are
 any, next to two baselines that understand nothing: text length and character n-grams; and a search looks for spoilt
 greetings with which judge, rubric and reward model can be bought.
 
@@ -60,7 +60,8 @@ def parse_args() -> argparse.Namespace:
     data = parser.add_argument_group("data").add_argument
     data("--queries", type=Path, default=ROOT / "data/queries_heldout.jsonl", help="held-out queries")
     data("--labelled", type=Path, default=ROOT / "data/labelled.jsonl", help="{query, response, label 0|1}")
-    data("--readings", type=Path, default=ROOT / "data/readings.jsonl", help="machine-written greetings, read blind")
+    yardstick = "machine-written greetings, read blind; without a FILE none"
+    data("--readings", type=Path, nargs="?", default=ROOT / "data/readings.jsonl", metavar="FILE", help=yardstick)
     data("--references", type=Path, default=ROOT / "data/references.jsonl", help="examples for the five agents")
     scores = parser.add_argument_group("scores").add_argument
     scores("--pairwise", type=int, default=200, help="queries on which policies are compared in pairs (%(default)s)")
@@ -227,7 +228,7 @@ def scores_stage(args: argparse.Namespace, policies: list[Policy]) -> Stage:
     made_with = evaluators(args, ["rubric", "pairwise", "detector", *ROLES])
     made_with |= run_folder.settings(args, "greetings", "scores")
     for name in ("queries", "references", "readings"):
-        made_with[name] = run_folder.file_hash(getattr(args, name))
+        made_with[name] = run_folder.file_hash(getattr(args, name) or "")
     made_with["greetings"] = {policy.name: run_folder.digest(greeting_settings(args, policy)) for policy in policies}
     return Stage(args.run, "05_scores", ["generations.jsonl", *Scored.FILES], made_with, args.redo)
 
@@ -261,7 +262,9 @@ def main(args: argparse.Namespace) -> int:
     for file in args.annotations:  # a file that cannot be read shows before the work
         records.read(file, Rating, "annotate.html", unique=False)
     labelled = labelled_rows(args)
-    readings = [reading.model_dump() for reading in records.read(args.readings, Reading, unique=False)]
+    readings = []
+    if args.readings:
+        readings = [reading.model_dump() for reading in records.read(args.readings, Reading, unique=False)]
     # The same random queries for comparisons and for the rating page, so that people and rubric see the same pairs.
     # They are drawn by a hash: a query that is added moves no other.
     drawn = sorted(queries, key=lambda query: run_folder.digest(args.seed, "compared", query.query))

@@ -263,6 +263,7 @@ def estimate(args: argparse.Namespace) -> list[tuple[str, int, int, int]]:
     generated = 4 * SAMPLES * heldout
     curve = len(ROUTES) * POINTS * DRAWN  # rollouts, which the rubric grades for the curve of cost
     pairs = 6 * COMPARED + test // 2  # of policies, of labelled greetings; each is shown in both orders
+    test += len(records.read(ROOT / "data/readings.jsonl", records.Record, unique=False))  # of greetings read blind
     evaluated = (generated + test + curve) + (generated + 2 * test) + 4 * (generated + test) + 2 * pairs
     return [
         ("01", 4 * candidates, candidates, 0),  # for, against, judge, reflect
