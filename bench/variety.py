@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 from common import records, stats
 from common.run_folder import read_summary
 
-GROUPS = {4: (32, 16), 8: (16, 8)}  # samples -> (queries per step, mini-batch): 128 completions a step, as the default
+GROUPS = {8: (16, 8)}  # samples -> (queries per step, mini-batch): 128 completions a step, as the default
 VARIANTS = {"w0": ["--novelty", 0]}  # name -> flags of step 4
 for samples, (queries, mini_batch) in GROUPS.items():
     VARIANTS[f"of_{samples}"] = ["--samples", samples, "--queries-per-step", queries, "--mini-batch", mini_batch]

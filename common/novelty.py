@@ -6,7 +6,7 @@ Reinforcing Diversity and Quality in Language Model Generations", arXiv 2509.025
 
 import math
 import statistics
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 from common.records import Demonstration, Reference, read
@@ -19,6 +19,7 @@ REFERENCES = ROOT / "data/references.jsonl"
 RUN, COPIED = 4, 12
 ACCEPTED = 0.5  # least reward of a text that the judge accepts, where the reward is P(verdict = 1)
 
+Rows = Sequence[tuple[str, str]]  # (query, text)
 Rewarded = list[float | None]
 
 
@@ -35,13 +36,13 @@ def runs_in(texts: list[str]) -> set[str]:
     return {run for text in texts for length in range(RUN, COPIED + 1) for run in ngrams(text, length)}
 
 
-def novelties(rows: list[tuple[str, str]], learnt: Set[str]) -> list[float]:
+def novelties(rows: Rows, learnt: Set[str]) -> list[float]:
     """The novelty of each (query, text) of a step, from 0 (nothing is its own) to 1.
 
-    1 - (g + s + c) / 3, all of them shares of a text's runs of characters: g of its runs of 4, those that stand in the
-    completion of its query that is most like it; s the same of the completions of other queries; c of its runs of 12,
-    or of it all where it is shorter, those that were learnt by heart. The nearest text and not the mean of all, since
-    copies are what is to be rare. An empty text has no novelty. The order of the rows does not matter.
+    1 - (g + s + c) / 3, where g, s and c are shares of a text's runs of characters: g of its runs of 4, those that stand
+    in the completion of its query that is most like it; s the same of the completions of other queries; c of its runs
+    of 12, or of it all where it is shorter, those that were learnt by heart. The nearest text counts and not the mean
+    of all, since copies are what is to be rare. An empty text has no novelty. The order of the rows does not matter.
     """
     runs = [set(ngrams(text, RUN)) or {text} for _, text in rows]
     values = []

@@ -63,7 +63,8 @@ class Rewards:
 
         # TRL gathers the rewards of all processes by itself. The file and the figures are written by the first.
         gathered = gather_rows(list(zip(rows, rewards, strict=True)))
-        values = novelties([row for row, _ in gathered], self.learnt)
+        written = [row for row, _ in gathered]
+        values = novelties(written, self.learnt)
         if main_process():
             with open(self.args.run / f"rollouts_{self.args.reward}.jsonl", "a", encoding="utf-8") as file:
                 for ((asked, text), (reward, reason)), novelty in zip(gathered, values, strict=True):
@@ -75,8 +76,8 @@ class Rewards:
         log_metric("novelty", sum(values) / len(values))
         log_metric("seconds/reward", time.perf_counter() - started)
         teach = take_off if self.args.reward == "rm" else multiply
-        asked = [asked for (asked, _), _ in gathered]
-        taught = teach([reward for _, (reward, _) in gathered], values, self.args.novelty, asked)
+        queries = [asked for asked, _ in written]
+        taught = teach([reward for _, (reward, _) in gathered], values, self.args.novelty, queries)
         return own_rows(taught, len(rows))
 
     async def rewards_for(self, rows: list[tuple[str, str]]) -> list[Reward]:
