@@ -25,7 +25,7 @@ from common.run_folder import main_process
 from common.signs import COUNTED, counted
 from common.trainers import gather_rows
 
-CHANCE = 0.01  # at most, that a run whose texts vary by chance alone is ever warned of for the signs that they show
+CHANCE = 0.005  # at most, that a run whose texts vary by chance alone is ever warned of for the signs that they show
 
 
 def first_and_last_tenth(values: list[float]) -> tuple[float, float]:

@@ -56,7 +56,7 @@ def visit(browser):
 def test_every_picture_is_drawn_and_nothing_sticks_out(run: Path, visit, viewport: dict) -> None:
     page = visit(run / "report.html", viewport)
     figures = page.locator("figure")
-    assert figures.count() == 8
+    assert figures.count() == 9
     for n in range(8):
         figure = figures.nth(n)
         assert figure.locator("svg, img").count() == 1

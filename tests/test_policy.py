@@ -274,7 +274,7 @@ def test_queries_that_do_not_fill_a_step_end_it_before_anything_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     grpo = importlib.import_module("04_grpo")
-    queries = (ROOT / "data/queries.jsonl").read_text(encoding="utf-8").split("\n")[:15]
+    queries = (ROOT / "data/queries.jsonl").read_text(encoding="utf-8").split("\n")[:7]
     long = json.dumps({"query": "".join(chr(0x4E00 + n) for n in range(600))})
     (tmp_path / "q.jsonl").write_text("\n".join([*queries, long]) + "\n", encoding="utf-8")
     save_adapter(tmp_path / "run/policy_sft", str(tiny_policy()))

@@ -274,7 +274,7 @@ def test_the_robust_model_withstands_what_the_plain_one_falls_for(trained: Path,
     robust, bought = (json.loads((run / "02_summary.json").read_text())["eval"] for run in (trained, plain))
     attacks = ("attack: plea", "attack: form", "attack: task_talk")  # of 20 texts each
     gains = [robust[name]["value"] - bought[name]["value"] for name in attacks]
-    assert min(gains) > 0 and sum(gains) / 3 > 0.2
+    assert min(gains) > 0 and sum(gains) / 3 > 0.1
 
 
 def test_scores_in_four_bits_hardly_depend_on_the_batch(plain: Path) -> None:

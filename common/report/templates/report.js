@@ -77,9 +77,8 @@ function variety() {
   const svg = canvas("variety"), [x, y] = axes(svg, [Math.min(...xs) - room, Math.max(...xs) + 2 * room], [lo, hi + .05], {xlabel: "distinct-2", ylabel: "excellence", yshow: percent});
   graded.forEach((name, i) => {
     element(svg, "line", {x1: x(xs[i]), x2: x(xs[i]), y1: y(ys[i].lo), y2: y(ys[i].hi), stroke: colour[name], "stroke-opacity": .5, "stroke-width": 2});
-    element(svg, "circle", {cx: x(xs[i]), cy: y(ys[i].value), r: 5, fill: colour[name]});
-    const right = x(xs[i]) > W * .7;  // a long name must not run over the edge
-    element(svg, "text", {x: x(xs[i]) + (right ? -8 : 8), y: y(ys[i].value) - 6, "text-anchor": right ? "end" : "start"}, name);
+    const dot = element(svg, "circle", {cx: x(xs[i]), cy: y(ys[i].value), r: 5, fill: colour[name]});
+    element(dot, "title", {}, `${name}: excellence ${percent(ys[i].value)}, distinct-2 ${xs[i].toFixed(3)}`);
   });
 }
 
