@@ -44,13 +44,14 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from common import records, run_folder, trainers
+from common.characters import REFERENCES
 from common.client import Client
 from common.endpoint import add_endpoint_flags, endpoint_name
 from common.engine import adapter_sync, add_engine_flag, choose_engine
 from common.grpo_trainer import GAP, grpo_trainer
 from common.judge import current_principles
 from common.memory import add_memory_flags, check_gpu, engine_share, peak_gib, show_plan
-from common.novelty import REFERENCES, learnt_by_heart
+from common.novelty import learnt_by_heart
 from common.policy import (
     MAX_PROMPT,
     add_policy_flags,

@@ -9,11 +9,10 @@ import statistics
 from collections.abc import Sequence, Set
 from pathlib import Path
 
+from common.characters import REFERENCES
 from common.records import Demonstration, Reference, read
-from common.run_folder import ROOT
 from common.texts import ngrams
 
-REFERENCES = ROOT / "data/references.jsonl"
 # Characters in a row: what likeness is counted in, and what is copied rather than met by chance. That is of Chinese; an
 # alphabet has more in common.
 RUN, COPIED = 4, 12
