@@ -7,6 +7,7 @@ Reinforcing Diversity and Quality in Language Model Generations", arXiv 2509.025
 import math
 import statistics
 from collections.abc import Sequence, Set
+from functools import lru_cache
 from pathlib import Path
 
 from common.characters import REFERENCES
@@ -35,22 +36,53 @@ def runs_in(texts: list[str]) -> set[str]:
     return {run for text in texts for length in range(RUN, COPIED + 1) for run in ngrams(text, length)}
 
 
-def novelties(rows: Rows, learnt: Set[str]) -> list[float]:
+@lru_cache(maxsize=1)
+def load_encoder(name: str):
+    """(model, tokenizer) of the sentence embeddings."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return AutoModel.from_pretrained(name).to(device).eval(), AutoTokenizer.from_pretrained(name)
+
+
+def likeness_by_embeddings(name: str, texts: list[str]) -> list[list[float]]:
+    """Cosine of each two texts' embeddings (texts x texts), 0 where it is negative.
+
+    An embedding is the mean of the last hidden states of a text's tokens, as of most sentence encoders.
+    """
+    import torch
+
+    model, tokenizer = load_encoder(name)
+    embeddings = []
+    for start in range(0, len(texts), 64):
+        batch = [text or " " for text in texts[start : start + 64]]
+        inputs = tokenizer(batch, return_tensors="pt", padding=True, truncation=True, max_length=512).to(model.device)
+        with torch.inference_mode():
+            states = model(**inputs).last_hidden_state.float()
+        mask = inputs["attention_mask"].unsqueeze(-1)
+        embeddings.append(torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1).clamp(min=1), dim=1))
+    together = torch.cat(embeddings)
+    return (together @ together.T).clamp(0, 1).tolist()
+
+
+def novelties(rows: Rows, learnt: Set[str], encoder: str | None = None) -> list[float]:
     """The novelty of each (query, text) of a step, from 0 (nothing is its own) to 1.
 
     1 - (g + s + c) / 3, where g, s and c are shares of a text's runs of characters: g of its runs of 4, those that
     stand in the completion of its query that is most like it; s the same of the completions of other queries; c of its
     runs of 12, or of it all where it is shorter, those that were learnt by heart. The nearest text counts and not the
-    mean of all, since copies are what is to be rare. An empty text has no novelty. The order of the rows does not
-    matter.
+    mean of all, since copies are what is to be rare. With an encoder g and s are cosines of sentence embeddings. An
+    empty text has no novelty. The order of the rows does not matter.
     """
+    cosines = likeness_by_embeddings(encoder, [text for _, text in rows]) if encoder else None
     runs = [set(ngrams(text, RUN)) or {text} for _, text in rows]
     values = []
     for number, (query, text) in enumerate(rows):
         group = elsewhere = 0.0
         for other, (asked, _) in enumerate(rows):
             if other != number:
-                shared = len(runs[number] & runs[other]) / len(runs[number])
+                shared = cosines[number][other] if cosines else len(runs[number] & runs[other]) / len(runs[number])
                 if asked == query:
                     group = max(group, shared)
                 else:

@@ -64,7 +64,7 @@ class Rewards:
         # TRL gathers the rewards of all processes by itself. The file and the figures are written by the first.
         gathered = gather_rows(list(zip(rows, rewards, strict=True)))
         written = [row for row, _ in gathered]
-        values = novelties(written, self.learnt)
+        values = novelties(written, self.learnt, self.args.novelty_model)
         if main_process():
             with open(self.args.run / f"rollouts_{self.args.reward}.jsonl", "a", encoding="utf-8") as file:
                 for ((asked, text), (reward, reason)), novelty in zip(gathered, values, strict=True):

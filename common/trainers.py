@@ -30,6 +30,8 @@ def add_grpo_flags(parser: argparse.ArgumentParser) -> None:
     add("--kl", type=float, default=0.001, help="coefficient of the KL term (%(default)s)")
     novelty = "how much of its reward a completion loses by being like others, 0 to 1 (%(default)s, as in the paper)"
     add("--novelty", type=share, default=0.0, metavar="W", help=novelty)
+    encoder = "sentence encoder by which completions are likened (without: by runs of characters)"
+    add("--novelty-model", metavar="MODEL", help=encoder)
     rules = "a text that breaks a constraint of its query, as far as a rule can tell, gets no reward from the judge"
     add("--constraints", action=argparse.BooleanOptionalAction, default=True, help=rules)
 

@@ -6,6 +6,7 @@ import statistics
 import pytest
 
 from common.novelty import multiply, novelties, runs_in, take_off
+from common.offline.tiny_model import tiny_policy
 from common.trainers import own_rows
 
 ALIKE = "愿灯火替我守着你的夜。"
@@ -32,6 +33,14 @@ def test_the_shares_are_counted_as_written() -> None:
     rows = [("q", "abcdef"), ("q", "abcdX"), ("q", "uvwxy"), ("other", "..bcdef.."), ("other", "12345")]
     first = novelties(rows, set())[0]
     assert first == pytest.approx(1 - (1 / 3 + 2 / 3) / 3)
+
+
+def test_likeness_may_be_that_of_sentence_embeddings() -> None:
+    """Any model with hidden states will do: here the tiny one. Copies have cosine 1 beside whatever padding."""
+    rows = [("q", ALIKE), ("q", ALIKE), ("q", DIFFERENT[0] * 3), ("r", DIFFERENT[1])]
+    values = novelties(rows, set(), str(tiny_policy()))
+    assert values[0] == pytest.approx(values[1], abs=1e-4) and values[0] <= 2 / 3 + 1e-4
+    assert values[0] < values[2] < 1 and novelties([("q", "")], set(), str(tiny_policy())) == [0.0]
 
 
 def test_an_empty_text_has_none_and_a_short_one_is_compared_as_a_whole() -> None:
