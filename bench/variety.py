@@ -1,7 +1,7 @@
 """What novelty in the reward and larger groups are worth in GRPO, at equal rollouts, on the stand-ins of --offline.
 
     python bench/variety.py                                # seeds 0, 2, 3 in outputs/variety; goes on where it stopped
-    python bench/variety.py --seeds 1 --runs outputs/tuned # other seeds; settings were chosen on 1
+    python bench/variety.py --seeds 1 --runs outputs/tuned # the seed on which the weight was chosen
 
 Each seed is one run of the pipeline. Step 4 is repeated from its SFT policy, reward model and principles: without
 --novelty, and with novelty but in smaller groups of more queries. Step 5 lets all of them write for the same held-out
@@ -21,10 +21,8 @@ sys.path.insert(0, str(ROOT))
 from common import records, stats
 from common.run_folder import read_summary
 
-GROUPS = {8: (16, 8)}  # samples -> (queries per step, mini-batch): 128 completions a step, as the default
-VARIANTS = {"w0": ["--novelty", 0]}  # name -> flags of step 4
-for samples, (queries, mini_batch) in GROUPS.items():
-    VARIANTS[f"of_{samples}"] = ["--samples", samples, "--queries-per-step", queries, "--mini-batch", mini_batch]
+# Name -> flags of step 4. Of 128 completions a step as well: 8 for each of 16 queries.
+VARIANTS = {"w0": ["--novelty", 0], "of_8": ["--samples", 8, "--queries-per-step", 16, "--mini-batch", 8]}
 REWARDS = ("rm", "judge")
 COPIED = ["policy_sft", "rm", "principles.jsonl", "sft.jsonl", "04_summary_none.json", "stages/04_none.json"]
 DISTINCT, GAIN, SPREAD = 0.95, 0.9, 0.5  # aimed at: of SFT's different texts, of the gain without novelty, of groups
@@ -124,13 +122,9 @@ def main() -> None:
             values = f"{mean(ours, figure):.3f}, without novelty {mean(without, figure):.3f}"
             print(f"{ours}, {figure.replace('_', ' ')} beside SFT's: {values} [{least:.3f}]")
     spread = mean("grpo_judge", "without_spread")
-    for samples in GROUPS:
-        before = mean(f"of_{samples}_judge", "without_spread")
-        gain = 100 * mean(f"of_{samples}_judge", "gain")
-        halved = (
-            f"{spread:.0%}, in groups of {samples} {before:.0%} (ratio {spread / max(before, 1e-9):.2f} [{SPREAD}])"
-        )
-        print(f"groups without spread: {halved}; those gain {gain:+.1f} points")
+    before, gain = mean("of_8_judge", "without_spread"), 100 * mean("of_8_judge", "gain")
+    ratio = f"ratio {spread / max(before, 1e-9):.2f} [{SPREAD}]"
+    print(f"groups without spread: {spread:.0%}, of 8 {before:.0%}, {ratio}; those gain {gain:+.1f} points")
 
 
 if __name__ == "__main__":

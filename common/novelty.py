@@ -93,7 +93,7 @@ def novelties(rows: Rows, learnt: Set[str], encoder: str | None = None) -> list[
     return values
 
 
-def multiply(rewards: Rewarded, values: list[float], weight: float, queries: list[str]) -> Rewarded:
+def multiply(rewards: Rewarded, values: list[float], weight: float) -> Rewarded:
     """Verdicts r (1, 0, or P(verdict = 1)) times 1 - weight * (1 - novelty): quality times difference.
 
     A text that is refused counts as having no novelty, so that no novelty lifts it above one that is accepted.

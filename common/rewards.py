@@ -75,9 +75,11 @@ class Rewards:
             log_metric(name, value)
         log_metric("novelty", sum(values) / len(values))
         log_metric("seconds/reward", time.perf_counter() - started)
-        teach = take_off if self.args.reward == "rm" else multiply
-        queries = [asked for asked, _ in written]
-        taught = teach([reward for _, (reward, _) in gathered], values, self.args.novelty, queries)
+        raw = [reward for _, (reward, _) in gathered]
+        if self.args.reward == "rm":
+            taught = take_off(raw, values, self.args.novelty, [asked for asked, _ in written])
+        else:
+            taught = multiply(raw, values, self.args.novelty)
         return own_rows(taught, len(rows))
 
     async def rewards_for(self, rows: list[tuple[str, str]]) -> list[Reward]:

@@ -3,7 +3,7 @@
 import pytest
 from conftest import ROOT
 
-from common.records import read
+from common.records import Labelled, Reference, read
 from common.report.readings import Reading, reader_s_grade, readings_figures
 from common.stats import correlation
 
@@ -52,3 +52,5 @@ def test_the_shipped_readings_are_whole() -> None:
     grades = {label: [reader_s_grade(row.model_dump()) for row in rows if row.acceptable == label] for label in (0, 1)}
     assert sum(grades[1]) / len(grades[1]) > sum(grades[0]) / len(grades[0]) + 0.3
     assert readings_figures([], SEEN) == {}
+    others = read(ROOT / "data/references.jsonl", Reference) + read(ROOT / "data/labelled.jsonl", Labelled)
+    assert not {row.response for row in rows} & {row.response for row in others}

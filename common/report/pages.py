@@ -80,9 +80,9 @@ def picture_data(run: Path, figures: dict, rows: list[dict]) -> dict:
     training: dict[str, list] = {"rm": [], "judge": []}
     for reward, curve in training.items():
         for row in records.read_lines(run / f"metrics_{reward}.jsonl"):
-            reward_before = row.get("raw_reward", row.get("reward"))  # novelty; in older runs there was none
-            if reward_before is not None:  # an update without rollouts of its own has none
-                curve.append([row["step"], reward_before])
+            reward = row.get("raw_reward", row.get("reward"))  # older runs, without novelty, have the second alone
+            if reward is not None:  # an update without rollouts of its own has none
+                curve.append([row["step"], reward])
     data = {"policies": figures["policies"], "wins": figures["wins"], "cost": figures["cost"]["curve"], "units": UNITS}
     data |= {"dimensions": list(WEIGHTS), "excellent": EXCELLENT, "training": training, "lengths": lengths}
     return data | {"samples": samples}
