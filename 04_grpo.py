@@ -3,6 +3,7 @@
 --reward none   SFT of a LoRA adapter on sft.jsonl, from which both GRPO runs start
 --reward rm     A: GRPO on the score of step 2's reward model
 --reward judge  B: GRPO on the verdict, 0 or 1, of the judge under step 3's principles (--graded: its probability)
+--reward likelihood  GRPO on how likely the language model of --likelihood finds the text; it needs no endpoint
 
 The loop of GRPO is TRL's. One step of it:
 
@@ -24,10 +25,10 @@ Every --watch-every steps a rubric, which is not a reward, grades greetings for 
 risen and these grades have fallen beyond noise, or where completions show more and more signs of not being greetings
 (common/signs.py), the policy is gaming its reward (common/watch.py).
 
-Reads   queries, sft.jsonl (none), rm/ (rm), principles.jsonl (judge), policy_sft/ (rm and judge)
-Writes  policy_sft/, policy_rm/ or policy_judge/, policy_*_best/ (the best that the watch saw), policy_*_checkpoints/,
-        rollouts_*.jsonl (every completion with its reward), metrics_*.jsonl and .svg, watch_*.jsonl,
-        04_summary_{none,rm,judge}.json
+Reads   queries, sft.jsonl (none), rm/ (rm), principles.jsonl (judge), policy_sft/ (all but none)
+Writes  policy_sft/, policy_rm/, policy_judge/ or policy_likelihood/, policy_*_best/ (the best that the watch saw),
+        policy_*_checkpoints/, rollouts_*.jsonl (every completion with its reward), metrics_*.jsonl and .svg,
+        watch_*.jsonl, 04_summary_{none,rm,judge,likelihood}.json
 Paper   arXiv 2508.21476: 32 queries per step, 4 samples, 512 tokens, mini-batch 16, KL 0.001 (low-variance estimator),
         5 epochs, learning rate 3e-7 for full fine-tuning on 4 GPUs. Departures: QLoRA on one GPU, whose best learning
         rate is about ten times that of full fine-tuning (Schulman et al. 2025, "LoRA Without Regret"): 3e-6.
@@ -50,6 +51,7 @@ from common.endpoint import add_endpoint_flags, endpoint_name
 from common.engine import adapter_sync, add_engine_flag, choose_engine
 from common.grpo_trainer import GAP, grpo_trainer
 from common.judge import current_principles
+from common.likelihood import add_likelihood_flag
 from common.memory import add_memory_flags, check_gpu, engine_share, peak_gib, show_plan
 from common.novelty import learnt_by_heart
 from common.policy import (
@@ -66,7 +68,7 @@ from common.prompts import conversation, prompt_hashes
 from common.rewards import Rewards
 from common.signs import COUNTED
 from common.store import open_store
-from common.watch import Watch, first_and_last_tenth, watch_callback
+from common.watch import OF_TEXTS, Watch, first_and_last_tenth, watch_callback
 
 OFFLINE = {"bits": 16, "engine": "hf", "sft_epochs": 4, "sft_learning_rate": 2e-3, "save_every": 4, "watch_every": 4}
 OFFLINE |= {"learning_rate": 1.5e-3, "kl": 0.05, "steps": 48, "samples": 16, "queries_per_step": 8, "mini_batch": 4}
@@ -82,7 +84,7 @@ PANELS |= {"shares": ["without_spread", "completions/clipped_ratio", "novelty"]}
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("reward").add_argument
-    add("--reward", choices=("none", "rm", "judge"), required=True, help="none: SFT; else GRPO")
+    add("--reward", choices=("none", "rm", "judge", "likelihood"), required=True, help="none: SFT; else GRPO")
     add("--rm", type=Path, help="reward model (RUN/rm)")
     add("--principles", type=Path, help="versions of step 3 (RUN/principles.jsonl); the last accepted judges")
     add = parser.add_argument_group("SFT").add_argument
@@ -105,6 +107,7 @@ def parse_args() -> argparse.Namespace:
     add_policy_flags(parser)
     add_engine_flag(parser)
     add_memory_flags(parser)
+    add_likelihood_flag(parser)
     add_endpoint_flags(parser)
     run_folder.add_run_flags(parser)
     args = run_folder.parse(parser, OFFLINE)
@@ -112,6 +115,8 @@ def parse_args() -> argparse.Namespace:
     args.rm = args.rm or args.run / "rm"
     args.principles = args.principles or args.run / "principles.jsonl"
     args.name = "policy_sft" if args.reward == "none" else f"policy_{args.reward}"
+    if args.reward == "likelihood" and not args.likelihood:
+        run_folder.fail("--reward likelihood takes a language model: --likelihood Qwen/Qwen2.5-1.5B-Instruct, say")
     if args.queries_per_step % args.mini_batch:
         run_folder.fail("--queries-per-step must be a multiple of --mini-batch")
     if args.mini_batch * args.samples % args.micro_batch:
@@ -154,7 +159,7 @@ def sft(args: argparse.Namespace, base: str) -> dict:
 
 
 def grpo(args: argparse.Namespace, base: str) -> dict:
-    """Train policy_rm/ or policy_judge/ from policy_sft/; returns the figures for the summary."""
+    """Train policy_rm/, policy_judge/ or policy_likelihood/ from policy_sft/; returns the figures for the summary."""
     queries = trainers.fitting_queries(args, base)
     rewards = Rewards(args, base, learnt_by_heart(args.sft))
     watch = Watch(args, queries)
@@ -174,7 +179,9 @@ def grpo(args: argparse.Namespace, base: str) -> dict:
     panels = {}
     for title, names in PANELS.items():
         panels[title] = {name: [(row["step"], row[name]) for row in steps if name in row] for name in names}
-    panels["rubric's mean grade"] = {"watch": [(look["step"], look["quality"]) for look in looks if look["quality"]]}
+    panels["the watch"] = {}
+    for name, label in (("quality", "rubric's mean grade"), ("likelihood", "likelihood, nats per token")):
+        panels["the watch"][label] = [(look["step"], look[name]) for look in looks if look.get(name)]
     trainers.draw_curves(args.run / f"metrics_{args.reward}.svg", panels)
     return grpo_figures(args, trainer, steps, looks)
 
@@ -260,7 +267,7 @@ def grpo_figures(args: argparse.Namespace, trainer, steps: list[dict], looks: li
         "completions": args.mini_batch * args.samples * len(steps),
         "signs": signs,
         "failed_judgements": int(sum(row["failed_judgements"] for row in rewarded)),
-        "watch": [{name: value for name, value in look.items() if name != "grades"} for look in looks],
+        "watch": [{name: value for name, value in look.items() if name not in OF_TEXTS} for look in looks],
         "peak_gib": peak_gib(),
         "ledger": store.ledger("detector"),
         "watch_ledger": store.ledger("rubric"),
@@ -287,6 +294,8 @@ def open_stage(args: argparse.Namespace, base: str) -> run_folder.Stage:
         if args.watch_every:
             prompts.append("rubric")
             outputs += [f"watch_{args.reward}.jsonl", f"{args.name}_best"]
+    if args.likelihood:  # the reward, or what the watch looks at beside the rubric
+        settings["likelihood"] = args.likelihood
     if args.reward == "rm":
         check_adapter(args.rm, base)
         settings["rm"] = run_folder.file_hash(args.rm)
@@ -323,7 +332,7 @@ def main(args: argparse.Namespace) -> int:
         return 0
     if stage.replaced:  # its cost is of the policy that --redo has moved away
         open_store(args, f"04_{args.reward}").set_aside()
-    if args.reward == "judge" or (args.reward == "rm" and args.watch_every):
+    if args.reward == "judge" or (args.reward != "none" and args.watch_every):
         Client.probe(args, f"04_{args.reward}")
     check_gpu(args, base)
     silence_libraries()

@@ -2,7 +2,8 @@
 
 Greetings of base, SFT, both GRPO policies, further policies and models behind an endpoint are graded on five
 dimensions by the rubric (excellent: weighted mean of at least 2), compared two by two in both orders, and judged by
-the refined judge of step 3, the five agents of step 1 and the reward model of step 2. Every evaluator is itself
+the refined judge of step 3, the five agents of step 1, the reward model of step 2 and, with --likelihood, a language
+model that tells how likely they are. Every evaluator is itself
 evaluated on labelled greetings, on machine-written ones that a reader rated, and on people's ratings where there are
 any, next to two baselines that understand nothing: text length and character n-grams; and a search looks for spoilt
 greetings with which judge, rubric and reward model can be bought.
@@ -11,14 +12,15 @@ Reads   held-out queries, labelled greetings, readings, references, the policies
         summaries of 01 to 04; ablations.jsonl where tools/ablations.py has made it
 Writes  generations/NAME.jsonl for each policy, generations.jsonl, scores.jsonl, labelled_scores.jsonl,
         readings_scores.jsonl, comparisons.jsonl, curve.jsonl; bought.jsonl, bought.json (with --search);
-        results.jsonl, report.html, report.md, annotate.html (a page on which people rate), 05_summary.json
+        report.html, report.md, annotate.html (a page on which people rate), 05_summary.json
 Paper   arXiv 2508.21476: language 30, creativity 30, emotion 15, culture 15, richness 10; each 1-3. Departures:
         nothing written for another occasion or person is excellent (prompts/rubric.md);
         intervals by bootstrap over queries; scores at equal length, diversity, null baselines, cost with each score.
 Example python 05_evaluate.py --offline --run outputs/mine
 
 A row is a dict, one line of a JSONL file. Evaluators add columns to it: `grades`, `quality` and `excellent` (rubric),
-`judge`, `seed_judge` and `agents` (verdicts 1 or 0), `reward_model` (a score). None: no usable answer came.
+`judge`, `seed_judge`, `agents` and `likely` (verdicts 1 or 0), `reward_model` and `likelihood` (scores). None: no
+usable answer came.
 """
 
 import argparse
@@ -40,19 +42,20 @@ from common.engine import Writer
 from common.failures import what_next
 from common.greetings import Policy, client_at, greeting_settings, greetings_of, parse_greeting_args, present_policies
 from common.judge import Version, add_grades, add_verdict, current_principles
+from common.likelihood import LanguageModel, add_likelihood_flag
 from common.policy import policy_path, silence_libraries
 from common.prompts import prompt_hashes
 from common.report import bought
 from common.report.cost import ROUTES, rollouts
 from common.report.evaluators import comparison, labelled_pairs, labelled_rows
-from common.report.figures import Scored, report_figures, result_rows
+from common.report.figures import Scored, report_figures
 from common.report.pages import TEMPLATES, finding, write_pages
 from common.report.people import Rating, pairs_of_policies, rating_page, read_ratings
 from common.report.readings import Reading
 from common.reward_model import RewardModel
 from common.run_folder import ROOT, Stage
 
-PAGES = ["results.jsonl", "report.html", "report.md", "annotate.html", "05_summary.json"]
+PAGES = ["report.html", "report.md", "annotate.html", "05_summary.json"]
 
 
 def parse_args() -> argparse.Namespace:
@@ -75,6 +78,7 @@ def parse_args() -> argparse.Namespace:
     people = parser.add_argument_group("people").add_argument
     people("--annotate", type=run_folder.positive, default=30, help="queries on the rating page (%(default)s)")
     people("--annotations", type=Path, nargs="*", default=[], help="what people saved from annotate.html")
+    add_likelihood_flag(parser)
     args = parse_greeting_args(parser)
     if args.search is None:
         args.search = 120 if args.offline and not (args.eval_model or args.eval_base_url) else 0
@@ -190,6 +194,8 @@ async def score(
         scores = reward_model.score([(row["query"], row["response"]) for row in rows])
         for row, row_score in zip(rows, scores, strict=True):
             row["reward_model"] = row_score
+    if args.likelihood:
+        LanguageModel(args.likelihood, args.prompts).add_to(greetings + test + readings)
     for file, rows in zip(Scored.FILES, Scored(greetings, labelled, comparisons, curve, readings), strict=True):
         records.write(args.run / file, rows)
     return failures
@@ -215,7 +221,7 @@ def search(args: argparse.Namespace, base: str, labelled: list[dict]) -> Counter
 
 def evaluators(args: argparse.Namespace, prompts: list[str]) -> dict:
     """What the evaluators depend on, in the settings of both stages that ask them."""
-    return run_folder.settings(args, "models") | {
+    return run_folder.settings(args, "models", *["likelihood"] * bool(args.likelihood)) | {
         "labelled": run_folder.file_hash(args.labelled),
         "endpoint": endpoint_name(args),
         "prompts": prompt_hashes(prompts, args.prompts),
@@ -293,7 +299,6 @@ def main(args: argparse.Namespace) -> int:
         figures = report_figures(args, policies, scored, read_ratings(args, scored.greetings))
         figures["bought"] = run_folder.read_summary(args.run, "bought") if args.search else {}
         figures |= {"finding": finding(figures), "failures": failures}
-        records.write(args.run / "results.jsonl", result_rows(figures))
         write_pages(args, figures, scored.greetings, rating_page(args, scored.greetings, order))
         run_folder.write_summary(args, "05_summary", started, figures)
         pages.finish()

@@ -22,7 +22,7 @@ from common.answers import TOP_LOGPROBS, A, Answer, GradedVerdict, Text, respons
 from common.endpoint import endpoint_name, proxies_to
 from common.failures import LOADING, Action, Failure, Unusable, adapt, diagnose, what_to_change
 from common.prompts import render
-from common.run_folder import Stop, digest, fail, main_process
+from common.run_folder import Stop, digest, fail, main_process, slow_bar
 from common.store import StoredAnswer, open_store
 from common.throttle import Throttle
 
@@ -332,7 +332,11 @@ async def gather_all(*work: Awaitable) -> list:
 
 async def gather_or_unusable(*work: Awaitable[A]) -> list[A | Unusable]:
     """The results of all, with the `Unusable` of one that failed in its place; other errors are raised at the end."""
-    results = await asyncio.gather(*work, return_exceptions=True)
+    tasks = [asyncio.ensure_future(one) for one in work]
+    with slow_bar(len(tasks), "answers", "answer") as bar:
+        for task in tasks:
+            task.add_done_callback(lambda _: bar.update())
+        results = await asyncio.gather(*tasks, return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException) and not isinstance(result, Unusable):
             raise result

@@ -17,9 +17,10 @@ from common.policy import add_policy_flags, check_adapter, find_policy
 from common.prompts import conversation, prompt_hashes
 
 # The evaluator that was the reward of a policy, known by its folder.
-REWARDS = {"policy_rm": "reward_model", "policy_judge": "judge"}
+REWARDS = {"policy_rm": "reward_model", "policy_judge": "judge", "policy_likelihood": "likelihood"}
 # The policies of a run after the base, in the order of their making: name -> (folder, --reward of step 4).
 OWN = {"sft": ("policy_sft", "none"), "grpo_rm": ("policy_rm", "rm"), "grpo_judge": ("policy_judge", "judge")}
+OWN["grpo_likelihood"] = "policy_likelihood", "likelihood"
 EMPTY = "（空）"  # in place of a greeting of no characters: a record needs a text
 
 
@@ -102,7 +103,7 @@ def present_policies(args: argparse.Namespace, base: str) -> list[Policy]:
         if find_policy(adapter)[1] and not run_folder.unfinished(args.run, f"04_{reward}"):
             check_adapter(adapter, base)
             policies.append(Policy(name, base, adapter))
-        else:
+        elif reward != "likelihood":  # which only some runs have
             command = f"python 04_grpo.py --reward {reward} --run {args.run}"
             print(f"policies: no finished {adapter}; make it with: {command}", file=sys.stderr)
     for name, path in args.policies:

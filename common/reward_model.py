@@ -118,6 +118,7 @@ class RewardModel:
         texts = [self.tokenizer.apply_chat_template(messages, tokenize=False) for messages in conversations]
         longest_first = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         outputs = [0.0] * len(texts)
+        bar = run_folder.slow_bar(len(texts), "reward model", "text")
         while longest_first:
             # As many as `batch_size` of typical length: a batch of that many of the longest would not fit.
             size = max(1, min(batch_size, batch_size * TYPICAL_LENGTH // len(texts[longest_first[0]])))
@@ -129,6 +130,8 @@ class RewardModel:
                 logits = self.model(**batch.to(self.model.device)).logits[:, 0].float().tolist()
             for i, logit in zip(chunk, logits, strict=True):
                 outputs[i] = logit
+            bar.update(len(chunk))
+        bar.close()
         return outputs
 
 

@@ -1,4 +1,5 @@
-"""The reward of a GRPO step: the reward model's scores (A), or the verdicts of the judge under principles (B).
+"""The reward of a GRPO step: the reward model's scores (A), the verdicts of the judge under principles (B), or what a
+language model finds likely (likelihood.py).
 
 What a rule finds broken of a query's constraints the judge is not asked about, and --novelty lowers the reward of
 completions that are like others (novelty.py). rollouts_*.jsonl and `raw_reward` have it as it was before that.
@@ -22,10 +23,11 @@ from common.answers import Unusable
 from common.client import Client, gather_all
 from common.constraints import broken
 from common.judge import current_principles, judge_greeting
+from common.likelihood import LanguageModel, worth
 from common.novelty import multiply, novelties, take_off
 from common.reward_model import RewardModel
 from common.run_folder import Stop, main_process
-from common.signs import COUNTED, counted
+from common.signs import COUNTED, counted, signs
 from common.texts import ngrams
 from common.trainers import gather_rows, own_rows
 
@@ -42,6 +44,8 @@ class Rewards:
         self.args = args
         if args.reward == "rm":
             self.model = RewardModel(args.rm, base, args.prompts)
+        elif args.reward == "likelihood":
+            self.model = LanguageModel(args.likelihood, args.prompts)
         else:
             self.principles = current_principles(args.principles)
             self.client = Client(args, f"04_{args.reward}")
@@ -84,7 +88,10 @@ class Rewards:
 
     async def rewards_for(self, rows: list[tuple[str, str]]) -> list[Reward]:
         """The reward of every (query, text) row of a step."""
-        rewards = self.scores(rows) if self.args.reward == "rm" else await self.verdicts(rows)
+        if self.args.reward == "judge":
+            rewards = await self.verdicts(rows)
+        else:
+            rewards = self.scores(rows) if self.args.reward == "rm" else self.likelihoods(rows)
         finite = []
         for reward, reason in rewards:
             usable = reward is not None and math.isfinite(reward)
@@ -98,6 +105,13 @@ class Rewards:
         rewards: list[Reward] = []
         for score, (_, text) in zip(scores, rows, strict=True):
             rewards.append((score, "") if text.strip() else (lowest, "empty"))
+        return rewards
+
+    def likelihoods(self, rows: list[tuple[str, str]]) -> list[Reward]:
+        """What the language model's scores are worth; the reason is what a text shows of a spoilt one."""
+        rewards: list[Reward] = []
+        for score, (query, text) in zip(self.model.score(rows, self.args.micro_batch), rows, strict=True):
+            rewards.append((worth(query, text, score), ", ".join(sorted(signs(query, text)))))
         return rewards
 
     async def verdicts(self, rows: list[tuple[str, str]]) -> list[Reward]:

@@ -73,6 +73,11 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--redo", action="store_true", help="replace what was made with other settings, prompts or inputs")
 
 
+def slow_bar(total: int, title: str, unit: str) -> tqdm:
+    """A progress bar that shows itself after ten seconds only, and goes when it is done: for work that may be quick."""
+    return tqdm(total=total, desc=title, unit=unit, delay=10, leave=False)
+
+
 def positive(text: str) -> int:
     """argparse type: a whole number of at least 1."""
     if not text.isdigit() or int(text) < 1:

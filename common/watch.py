@@ -2,7 +2,8 @@
 
 Where the reward has risen and these grades have fallen beyond noise, the policy is gaming its reward. A rubric may
 share the reward's holes, so the watch also counts what needs no grade: completions that show signs of a family of
-spoilt texts (signs.py). Where one of these shares has risen beyond noise, it warns as well.
+spoilt texts (signs.py). Where one of these shares has risen beyond noise, it warns as well. And with --likelihood it
+warns where a language model finds the greetings less likely than at its first look (likelihood.py).
 """
 
 import argparse
@@ -18,6 +19,7 @@ from common.answers import Unusable
 from common.client import Client, gather_or_unusable
 from common.greetings import EMPTY
 from common.judge import grade_greeting
+from common.likelihood import LanguageModel
 from common.policy import generate, save_adapter
 from common.prompts import conversation
 from common.records import Query, read_lines
@@ -25,6 +27,7 @@ from common.run_folder import main_process
 from common.signs import COUNTED, counted
 from common.trainers import gather_rows
 
+OF_TEXTS = ("grades", "likelihoods")  # what a look has for each text
 CHANCE = 0.005  # at most, that a run whose texts vary by chance alone is ever warned of for the signs that they show
 
 
@@ -42,15 +45,24 @@ class Watch:
         self.path = args.run / f"watch_{args.reward}.jsonl"
         sample = random.Random(args.seed).sample(queries, min(args.watch_queries, len(queries)))
         self.queries = [query.query for query in sample]
+        watches = args.likelihood and args.watch_every and args.reward != "likelihood"
+        self.language_model = LanguageModel(args.likelihood, args.prompts) if watches else None
 
     def look(self, model, tokenizer, step: int, rewards: list[float]) -> dict:
         """The row that it appends to watch_*.jsonl; `rewards` are the mean rewards of the steps so far."""
-        grades = asyncio.run(self.grade(self.write(model, tokenizer)))
+        texts = self.write(model, tokenizer)
+        grades = asyncio.run(self.grade(texts))
         row, reasons = compare(step, grades, read_lines(self.path), rewards), []
         if row["hack"]:
             gap = row["difference"]
             fall = f"{gap['value']:+.2f} [{gap['lo']:+.2f}, {gap['hi']:+.2f}] since step {row['against']}"
             reasons.append(f"the reward rises, the rubric's mean grade falls ({fall})")
+        if self.language_model:
+            row |= self.likelihood(texts, rewards)
+            if row["less_likely"]:
+                fall = row["likelihood"] - read_lines(self.path)[0]["likelihood"]
+                reasons.append(f"the reward rises, the likelihood of the greetings falls ({fall:+.2f} nats per token)")
+                row |= {"hack": True, "best": False}
         row["rises"] = rises(read_lines(self.args.run / f"rollouts_{self.args.reward}.jsonl"), self.args.watch_every)
         for sign, share in row["rises"].items():
             sign = "any family" if sign == "any" else sign
@@ -72,6 +84,16 @@ class Watch:
         sampling = {"temperature": self.args.temperature, "max_tokens": self.args.max_tokens, "seed": self.args.seed}
         with torch.random.fork_rng():  # training goes on with the random numbers that it would have had
             return generate(model, tokenizer, prompts, batch_size=self.args.batch_size_generate, **sampling)
+
+    def likelihood(self, texts: list[str], rewards: list[float]) -> dict:
+        """The likelihoods of a look, and whether they fell below those of the first one while the reward rose."""
+        scores = self.language_model.score(list(zip(self.queries, texts, strict=True)))
+        row = {"likelihood": sum(scores) / len(scores), "likelihoods": scores, "less_likely": False}
+        for first in read_lines(self.path)[:1]:
+            gap = stats.paired_difference(dict(enumerate(scores)), dict(enumerate(first["likelihoods"])))
+            early, late = first_and_last_tenth(rewards)
+            row["less_likely"] = late > early and gap["n"] > 1 and gap["hi"] < 0
+        return row
 
     async def grade(self, texts: list[str]) -> list[float | None]:
         """The weighted mean of the rubric's grades for each text; None where no usable answer came."""

@@ -1,6 +1,7 @@
 """The client: a failed answer is no answer, the rest is asked again, and what stops the run does so in one line."""
 
 import asyncio
+import io
 import json
 import os
 import socket
@@ -13,12 +14,14 @@ from pathlib import Path
 import pytest
 from asking import GOOD, KEY, SAMPLES, SLOTS, ask, ledger, loopback_server, quick_clock  # noqa: F401 - two fixtures
 from endpoint import TOKENS, Reply, Served, chat, endpoint, raw, settings, status
+from tqdm import tqdm
 
+from common import client as client_module
 from common.answers import Points, Verdict
 from common.client import Client, gather_or_unusable
 from common.failures import Unusable
 from common.prompts import render
-from common.run_folder import ROOT
+from common.run_folder import ROOT, slow_bar
 
 
 @pytest.mark.parametrize(
@@ -419,3 +422,24 @@ def test_a_refused_key_is_what_is_heard_whatever_else_failed(server: Served, tmp
     with pytest.raises(SystemExit) as end:
         asyncio.run(asking())
     assert end.value.code == 2
+
+
+def test_answers_to_many_questions_move_a_bar_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    bars = []
+
+    def bar(total: int, title: str, unit: str) -> tqdm:
+        bars.append(tqdm(total=total, disable=False, file=io.StringIO()))
+        return bars[-1]
+
+    async def answer(number: int) -> int:
+        for _ in range(9 * number):
+            await asyncio.sleep(0)  # a turn of the loop
+        assert bars[0].n == number  # those before it have been counted
+        return number
+
+    monkeypatch.setattr(client_module, "slow_bar", bar)
+    assert asyncio.run(gather_or_unusable(*map(answer, range(4)))) == [0, 1, 2, 3]
+    assert [(one.total, one.n) for one in bars] == [(4, 4)]
+    with slow_bar(1, "quick", "text") as quick:  # what takes no ten seconds shows nothing
+        quick.update()
+    assert quick.last_print_n == 0

@@ -39,7 +39,7 @@ def test_every_step_leaves_what_the_design_names(run: Path) -> None:
         "rm_eval.jsonl", "principles.jsonl", "redteam.jsonl", "policy_sft/adapter_model.safetensors",
         "policy_rm/adapter_model.safetensors", "policy_judge/adapter_model.safetensors", "rollouts_rm.jsonl",
         "rollouts_judge.jsonl", "metrics_none.jsonl", "metrics_rm.jsonl", "metrics_judge.jsonl", "generations.jsonl",
-        "scores.jsonl", "comparisons.jsonl", "results.jsonl", "report.html", "report.md", "annotate.html",
+        "scores.jsonl", "comparisons.jsonl", "report.html", "report.md", "annotate.html",
     ):  # fmt: skip
         assert (run / name).stat().st_size > 0, name
     for name in ("01", "02", "03", "04_summary_none", "04_summary_rm", "04_summary_judge", "05"):

@@ -15,7 +15,7 @@ from common.greetings import Policy
 from common.records import write
 from common.report.cost import cost_figures
 from common.report.evaluators import NEAR, balanced, evaluate_evaluators, labelled_rows
-from common.report.figures import policy_figures, result_rows
+from common.report.figures import policy_figures
 from common.report.people import add_human_scores, alpha, people_figures, rating_id, rating_page, read_ratings
 from common.texts import runs_of_12
 
@@ -44,15 +44,6 @@ def test_policy_figures_by_hand() -> None:
     assert figures["self_overlap"] == round(3 / 7, 4)
     assert (figures["constraints"]["value"], figures["constraints"]["n"]) == (0.5, 2)
     assert weighted_mean({"language": 3, "creativity": 1, "emotion": 2, "culture": 2, "richness": 2}) == 2.0
-
-
-def test_results_have_a_line_for_each_row_of_each_table() -> None:
-    rows = result_rows(
-        {"policies": {"a": 1, "b": 2}, "differences": [{"after": "b"}], "finding": "words", "people": None}
-    )
-    assert [(row["table"], row["row"], row["figures"]) for row in rows] == [
-        ("policies", "a", 1), ("policies", "b", 2), ("differences", 0, {"after": "b"}),
-    ]  # fmt: skip
 
 
 # ---- cost -----------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def completions(
 def watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Watch:
     args = argparse.Namespace(seed=0, watch_queries=40, reward="rm", run=tmp_path, temperature=1.0, max_tokens=8,
                               batch_size_generate=8, prompts=PROMPTS, watch_every=EVERY, name="policy_rm",
-                              stop_on_hack=True)  # fmt: skip
+                              stop_on_hack=True, likelihood=None)  # fmt: skip
     watch = Watch(args, [Query(query=f"问{n}") for n in range(40)])
     monkeypatch.setattr(watch, "write", lambda model, tokenizer: [""] * 40)
     return watch

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from common import records, run_folder, stats
 
+NAMES = {"excellent": "rubric", "likely": "likelihood"}  # of evaluators whose column has another name
 NEAR = 1  # characters by which a good and a bad greeting may differ where lengths are balanced
 
 
@@ -77,10 +78,10 @@ def verdicts_on(test: list[dict], seen: list[dict]) -> dict[str, list[int | None
     An evaluator that gives a score says "good" at or above the threshold that is best on the rows seen.
     """
     verdicts = {}
-    for column in ("excellent", "judge", "seed_judge", "agents"):  # 1 or 0
+    for column in ("excellent", "judge", "seed_judge", "agents", "likely"):  # 1 or 0
         column_verdicts = stats.column(test, column)
         if set(column_verdicts) != {None}:
-            verdicts["rubric" if column == "excellent" else column] = column_verdicts
+            verdicts[NAMES.get(column, column)] = column_verdicts
     labels = stats.column(seen, "label")
     if "reward_model" in test[0] and "reward_model" in seen[0]:
         scores = stats.column(seen, "reward_model")

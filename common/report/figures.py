@@ -16,9 +16,10 @@ from common.report.readings import readings_figures
 from common.store import open_store
 from common.texts import diversity, runs_of_12, similarity
 
-SCORES = ["excellent", "judge", "agents", "reward_model"]  # columns of a scored greeting
+SCORES = ["excellent", "judge", "agents", "reward_model", "likely"]  # columns of a scored greeting
 # (after, before): the differences between our own policies that the report shows.
 STEPS = [("sft", "base"), ("grpo_rm", "sft"), ("grpo_judge", "sft"), ("grpo_judge", "grpo_rm")]
+STEPS.append(("grpo_likelihood", "sft"))
 
 
 class Scored(NamedTuple):
@@ -34,7 +35,7 @@ class Scored(NamedTuple):
 
 
 def report_figures(args: argparse.Namespace, policies: list[Policy], scored: Scored, ratings: list[Rating]) -> dict:
-    """Every figure of the report; each is in 05_summary.json under its name here, and in results.jsonl as a table."""
+    """Every figure of the report; each is in 05_summary.json under its name here."""
     rows = scored.greetings
     if ratings:
         add_human_scores(rows, ratings)
@@ -149,15 +150,4 @@ def differences(rows_of: dict[str, list[dict]]) -> list[dict]:
             if all(means):
                 row[column] = stats.paired_difference(*means)
         rows.append(row)
-    return rows
-
-
-def result_rows(figures: dict) -> list[dict]:
-    """The lines of results.jsonl: each row of each table, by its name in 05_summary.json."""
-    rows = []
-    for table, content in figures.items():
-        if isinstance(content, list):
-            content = dict(enumerate(content))
-        if isinstance(content, dict):
-            rows += [{"table": table, "row": name, "figures": row} for name, row in content.items()]
     return rows

@@ -53,7 +53,8 @@ def readings_figures(readings: list[dict], seen: list[dict]) -> dict[str, dict]:
         return {}
     labels, queries = stats.column(readings, "acceptable"), stats.column(readings, "query")
     grades = [reader_s_grade(row) for row in readings]
-    finer = {"rubric": "quality", "reward_model": "reward_model"}  # evaluators that say more than yes or no
+    # Evaluators that say more than yes or no.
+    finer = {"rubric": "quality", "reward_model": "reward_model", "likelihood": "likelihood"}
     table = {}
     for name, verdicts in verdicts_on(readings, seen).items():
         shared = [label for label, verdict in zip(labels, verdicts, strict=True) if verdict]
