@@ -319,7 +319,8 @@ def measure(args: argparse.Namespace, base: str, split: Split, log: list[dict]) 
     for name, test in figures["eval"].items():
         test["null"] = {rule: rates[name] for rule, rates in nulls.items()}
     figures["baselines"] = {rule: rates["all"] for rule, rates in nulls.items()}
-    figures["bought"] = bought(*rounds.search_chosen(rm, split.test, SEARCHED, args.seed, held_out=True)[1:])
+    most = min(SEARCHED, args.stress_size)
+    figures["bought"] = bought(*rounds.search_chosen(rm, split.test, most, args.seed, held_out=True)[1:])
     return rm, figures | {"leaks": split.leaks, "leaked": bool(split.leaking), "log": log, "peak_gib": peak}
 
 

@@ -51,7 +51,6 @@ from common.endpoint import add_endpoint_flags, endpoint_name
 from common.engine import adapter_sync, add_engine_flag, choose_engine
 from common.grpo_trainer import GAP, grpo_trainer
 from common.judge import current_principles
-from common.likelihood import add_likelihood_flag
 from common.memory import add_memory_flags, check_gpu, engine_share, peak_gib, show_plan
 from common.novelty import learnt_by_heart
 from common.policy import (
@@ -107,7 +106,6 @@ def parse_args() -> argparse.Namespace:
     add_policy_flags(parser)
     add_engine_flag(parser)
     add_memory_flags(parser)
-    add_likelihood_flag(parser)
     add_endpoint_flags(parser)
     run_folder.add_run_flags(parser)
     args = run_folder.parse(parser, OFFLINE)

@@ -42,7 +42,7 @@ from common.engine import Writer
 from common.failures import what_next
 from common.greetings import Policy, client_at, greeting_settings, greetings_of, parse_greeting_args, present_policies
 from common.judge import Version, add_grades, add_verdict, current_principles
-from common.likelihood import LanguageModel, add_likelihood_flag
+from common.likelihood import LanguageModel
 from common.policy import policy_path, silence_libraries
 from common.prompts import prompt_hashes
 from common.report import bought
@@ -78,7 +78,6 @@ def parse_args() -> argparse.Namespace:
     people = parser.add_argument_group("people").add_argument
     people("--annotate", type=run_folder.positive, default=30, help="queries on the rating page (%(default)s)")
     people("--annotations", type=Path, nargs="*", default=[], help="what people saved from annotate.html")
-    add_likelihood_flag(parser)
     args = parse_greeting_args(parser)
     if args.search is None:
         args.search = 120 if args.offline and not (args.eval_model or args.eval_base_url) else 0

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # bash run.sh [flags]       set up .venv and run steps 01 to 05; flags go to every step (--run, --seed, --offline, ...)
+# bash run.sh --small [..]  a pretrained model of half a billion parameters, on two CPU cores or a GPU from 8 GB
 # bash run.sh --paper [..]  the paper's settings on a GPU, checked first; with the judge, unless --base-url names one
 # bash run.sh --check [..]  only the checks before that, and the hours and money it would take
 # bash run.sh test [flags]  set up .venv and run the tests; flags go to pytest
@@ -29,7 +30,7 @@ flag() { # name, default: the value that the command line gives it
   echo "$value"
 }
 
-case " $* " in *" -h "* | *" --help "*) sed -n '2,5s/^# //p' "$0"; exit 0 ;; esac
+case " $* " in *" -h "* | *" --help "*) sed -n '2,6s/^# //p' "$0"; exit 0 ;; esac
 if [ "${1:-}" = test ]; then
   shift
   set_up requirements-dev.txt
@@ -37,7 +38,7 @@ if [ "${1:-}" = test ]; then
 fi
 
 mode=""
-case "${1:-}" in --paper | --check) mode=$1; shift ;; esac
+case "${1:-}" in --paper | --check | --small) mode=$1; shift ;; esac
 flags=("$@") # bash 3.2 calls an empty array unset: hence ${flags[@]+...} wherever it is used
 needs=requirements-cpu.txt
 case ${CUDA_VISIBLE_DEVICES-0} in
@@ -52,7 +53,32 @@ choose() {
   export JUDGE_MEMORY=${JUDGE_MEMORY:-$judge}
 }
 
-if [ -n "$mode" ]; then
+some() { # every so many-th row of a file of data/, so that all occasions are there
+  local run
+  run=$(flag --run outputs/small)
+  mkdir -p "$run"
+  awk "NR % $2 == 1" "data/$1.jsonl" >"$run/some_$1.jsonl"
+  echo "$run/some_$1.jsonl"
+}
+small() { # what step $1 takes with --small; docs/guide.md says why
+  local writes="--engine hf --max-tokens 48"
+  case $1 in
+    01*) echo "$writes --queries $(some references 9) --candidates $(some references 9) --samples 1 --temperature 0.8 --max-copied 1" ;;
+    02*) echo "--epochs 1 --learning-rate 1e-4 --batch-size 8 --accumulation 1 --max-length 256 --derived 1 --checks 2 --stress-size 12" ;;
+    04*) echo "$writes --sft-epochs 1 --sft-learning-rate 2e-5 --sft-batch-size 8 --learning-rate 5e-5 --kl 0.01 --steps 12" \
+      "--queries-per-step 4 --mini-batch 4 --samples 8 --micro-batch 8 --novelty 0.5 --save-every 1 --watch-every 6 --watch-queries 24" ;;
+    05*) echo "$writes --queries $(some queries_heldout 6) --samples 1 --search 6" ;;
+  esac
+}
+
+if [ "$mode" = --small ]; then
+  say "--small: half a billion parameters, $([ $needs = requirements.txt ] && echo "on this GPU" || echo "on this CPU, in 100 minutes or so")"
+  set_up $needs
+  [ -n "$(flag --policy "")" ] || flags+=(--policy Qwen/Qwen2.5-0.5B-Instruct)
+  [ -n "$(flag --likelihood "")" ] || flags+=(--likelihood Qwen/Qwen2.5-1.5B-Instruct)
+  [ -n "$(flag --base-url "")" ] || flags+=(--offline)
+  flags=(--run outputs/small --bits 16 ${flags[@]+"${flags[@]}"}) # what the command line gives comes later and wins
+elif [ -n "$mode" ]; then
   set_up $needs
   say "does this machine have what the paper run needs?"
   .venv/bin/python tools/check.py "$@"
@@ -79,6 +105,7 @@ step() { # script and its own flags; exit code 3 means done, with failures that 
   say "$*"
   local own=$policy
   case $1 in 01* | 05*) own+=" $writing" ;; 04*) own+=" $writing $grpo" ;; esac
+  [ "$mode" != --small ] || own+=" $(small "$1")"
   # shellcheck disable=SC2086 # several words; flags of the command line come later and win
   .venv/bin/python "$@" $own ${flags[@]+"${flags[@]}"} || { local code=$?; [ $code = 3 ] || exit $code; }
 }
@@ -88,5 +115,9 @@ step 02_train_rm.py
 step 03_refine_judge.py
 step 04_grpo.py --reward none
 step 04_grpo.py --reward rm
-step 04_grpo.py --reward judge
+if [ "$mode" = --small ] && [ -z "$(flag --base-url "")" ]; then
+  step 04_grpo.py --reward likelihood # the rule-based critic is no judge of what a pretrained model writes
+else
+  step 04_grpo.py --reward judge
+fi
 step 05_evaluate.py

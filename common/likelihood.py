@@ -5,7 +5,6 @@ nothing is generated. By itself it likes echoes, so what shows a sign of a spoil
 it likes stock phrases, so to be likelier than LIKELY gains nothing.
 """
 
-import argparse
 import math
 from pathlib import Path
 
@@ -16,11 +15,6 @@ from common.signs import signs
 
 LIKELY = -1.4  # nats per token; chosen on half of data/readings.jsonl (bench/likelihood.py)
 BATCH = 16
-
-
-def add_likelihood_flag(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("likelihood").add_argument
-    add("--likelihood", metavar="MODEL", help="language model that tells how likely a text is, another than the policy")
 
 
 def worth(query: str, text: str, score: float) -> float:
