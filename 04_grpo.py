@@ -3,7 +3,7 @@
 --reward none   SFT of a LoRA adapter on sft.jsonl, from which both GRPO runs start
 --reward rm     A: GRPO on the score of step 2's reward model
 --reward judge  B: GRPO on the verdict, 0 or 1, of the judge under step 3's principles (--graded: its probability)
---reward likelihood  GRPO on how likely the language model of --likelihood finds the text; it needs no endpoint
+--reward likelihood  GRPO on how likely the language model of --likelihood finds the text: no judge is asked
 
 The loop of GRPO is TRL's. One step of it:
 
@@ -51,13 +51,14 @@ from common.endpoint import add_endpoint_flags, endpoint_name
 from common.engine import adapter_sync, add_engine_flag, choose_engine
 from common.grpo_trainer import GAP, grpo_trainer
 from common.judge import current_principles
-from common.memory import add_memory_flags, check_gpu, engine_share, peak_gib, show_plan
+from common.memory import add_memory_flags, check_gpu, engine_share, peak_gib, show_plan, uses_likelihood
 from common.novelty import learnt_by_heart
 from common.policy import (
     MAX_PROMPT,
     add_policy_flags,
     check_adapter,
     load_policy,
+    load_tokenizer,
     lora,
     policy_path,
     save_adapter,
@@ -292,7 +293,7 @@ def open_stage(args: argparse.Namespace, base: str) -> run_folder.Stage:
         if args.watch_every:
             prompts.append("rubric")
             outputs += [f"watch_{args.reward}.jsonl", f"{args.name}_best"]
-    if args.likelihood:  # the reward, or what the watch looks at beside the rubric
+    if uses_likelihood(args):
         settings["likelihood"] = args.likelihood
     if args.reward == "rm":
         check_adapter(args.rm, base)
@@ -322,6 +323,8 @@ def main(args: argparse.Namespace) -> int:
         show_plan(args, base)
         return 0
     choose_engine(args)
+    if uses_likelihood(args):
+        load_tokenizer(args.likelihood)  # what is wrong with it shows in a second
     run_folder.open_run(args.run)
     stage = open_stage(args, base)
     summary = f"04_summary_{args.reward}"

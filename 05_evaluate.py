@@ -11,7 +11,7 @@ greetings with which judge, rubric and reward model can be bought.
 Reads   held-out queries, labelled greetings, readings, references, the policies, rm/ and principles.jsonl of the run,
         summaries of 01 to 04; ablations.jsonl where tools/ablations.py has made it
 Writes  generations/NAME.jsonl for each policy, generations.jsonl, scores.jsonl, labelled_scores.jsonl,
-        readings_scores.jsonl, comparisons.jsonl, curve.jsonl; bought.jsonl, bought.json (with --search);
+        readings_scores.jsonl, comparisons.jsonl, curve.jsonl, likelihood.jsonl; bought.jsonl, bought.json;
         report.html, report.md, annotate.html (a page on which people rate), 05_summary.json
 Paper   arXiv 2508.21476: language 30, creativity 30, emotion 15, culture 15, richness 10; each 1-3. Departures:
         nothing written for another occasion or person is excellent (prompts/rubric.md);
@@ -42,8 +42,8 @@ from common.engine import Writer
 from common.failures import what_next
 from common.greetings import Policy, client_at, greeting_settings, greetings_of, parse_greeting_args, present_policies
 from common.judge import Version, add_grades, add_verdict, current_principles
-from common.likelihood import LanguageModel
-from common.policy import policy_path, silence_libraries
+from common.likelihood import add_likelihoods
+from common.policy import load_tokenizer, policy_path, silence_libraries
 from common.prompts import prompt_hashes
 from common.report import bought
 from common.report.cost import ROUTES, rollouts
@@ -188,13 +188,14 @@ async def score(
     # The reward model runs here, after the clients are closed. It scores all parts of the labelled rows, because its
     # threshold for "good" is fitted on those that are not in `test`.
     if (args.run / "rm" / "calibration.json").is_file():  # written when it is trained
-        reward_model = RewardModel(args.run / "rm", policies[0].base, args.prompts)
         rows = greetings + labelled + readings
-        scores = reward_model.score([(row["query"], row["response"]) for row in rows])
+        texts = [(row["query"], row["response"]) for row in rows]
+        scores = RewardModel(args.run / "rm", policies[0].base, args.prompts).score(texts)
         for row, row_score in zip(rows, scores, strict=True):
             row["reward_model"] = row_score
     if args.likelihood:
-        LanguageModel(args.likelihood, args.prompts).add_to(greetings + test + readings)
+        kept = args.run / "likelihood.jsonl"
+        add_likelihoods(args.likelihood, args.prompts, greetings + test + readings, kept)
     for file, rows in zip(Scored.FILES, Scored(greetings, labelled, comparisons, curve, readings), strict=True):
         records.write(args.run / file, rows)
     return failures
@@ -261,6 +262,8 @@ def pages_stage(args: argparse.Namespace) -> Stage:
 def main(args: argparse.Namespace) -> int:
     started = time.time()
     base, queries = policy_path(args), records.read(args.queries, records.Query)
+    if args.likelihood:
+        load_tokenizer(args.likelihood)  # what is wrong with it shows in a second
     references = records.read(args.references, records.Reference)
     run_folder.open_run(args.run)
     policies = present_policies(args, base)

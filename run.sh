@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # bash run.sh [flags]       set up .venv and run steps 01 to 05; flags go to every step (--run, --seed, --offline, ...)
-# bash run.sh --small [..]  a pretrained model of half a billion parameters, on two CPU cores or a GPU from 8 GB
+# bash run.sh --small [..]  a pretrained model of half a billion parameters, on a CPU or a small GPU
 # bash run.sh --paper [..]  the paper's settings on a GPU, checked first; with the judge, unless --base-url names one
 # bash run.sh --check [..]  only the checks before that, and the hours and money it would take
 # bash run.sh test [flags]  set up .venv and run the tests; flags go to pytest
@@ -45,7 +45,7 @@ case ${CUDA_VISIBLE_DEVICES-0} in
   "" | -1) ;; # no GPU is to be used
   *) if nvidia-smi -L >/dev/null 2>&1; then needs=requirements.txt; fi ;;
 esac
-policy="" writing="" grpo="" # flags of every step, of those that write, of step 04: what fits on the GPU
+policy="" writing="" grpo="" offline="" # flags of every step, of those that write, of step 04: what fits on the GPU
 choose() {
   local lines judge
   lines=$(.venv/bin/python tools/check.py --choose "$@")
@@ -54,11 +54,9 @@ choose() {
 }
 
 some() { # every so many-th row of a file of data/, so that all occasions are there
-  local run
-  run=$(flag --run outputs/small)
-  mkdir -p "$run"
-  awk "NR % $2 == 1" "data/$1.jsonl" >"$run/some_$1.jsonl"
-  echo "$run/some_$1.jsonl"
+  mkdir -p outputs
+  awk "NR % $2 == 1" "data/$1.jsonl" >outputs/some.$$ && mv outputs/some.$$ "outputs/some_$1.jsonl"
+  echo "outputs/some_$1.jsonl"
 }
 small() { # what step $1 takes with --small; docs/guide.md says why
   local writes="--engine hf --max-tokens 48"
@@ -67,16 +65,17 @@ small() { # what step $1 takes with --small; docs/guide.md says why
     02*) echo "--epochs 1 --learning-rate 1e-4 --batch-size 8 --accumulation 1 --max-length 256 --derived 1 --checks 2 --stress-size 12" ;;
     04*) echo "$writes --sft-epochs 1 --sft-learning-rate 2e-5 --sft-batch-size 8 --learning-rate 5e-5 --kl 0.01 --steps 12" \
       "--queries-per-step 4 --mini-batch 4 --samples 8 --micro-batch 8 --novelty 0.5 --save-every 1 --watch-every 6 --watch-queries 24" ;;
-    05*) echo "$writes --queries $(some queries_heldout 6) --samples 1 --search 6" ;;
+    05*) echo "$writes --queries $(some queries_heldout 6) --samples 1${offline:+ --search 6}" ;;
   esac
 }
 
 if [ "$mode" = --small ]; then
-  say "--small: half a billion parameters, $([ $needs = requirements.txt ] && echo "on this GPU" || echo "on this CPU, in 100 minutes or so")"
+  say "--small: half a billion parameters, on this $([ $needs = requirements.txt ] && echo GPU || echo "CPU, for an hour or two")"
   set_up $needs
   [ -n "$(flag --policy "")" ] || flags+=(--policy Qwen/Qwen2.5-0.5B-Instruct)
   [ -n "$(flag --likelihood "")" ] || flags+=(--likelihood Qwen/Qwen2.5-1.5B-Instruct)
-  [ -n "$(flag --base-url "")" ] || flags+=(--offline)
+  [ -n "$(flag --base-url "")" ] || offline=yes
+  [ -z "$offline" ] || flags+=(--offline)
   flags=(--run outputs/small --bits 16 ${flags[@]+"${flags[@]}"}) # what the command line gives comes later and wins
 elif [ -n "$mode" ]; then
   set_up $needs
@@ -115,7 +114,7 @@ step 02_train_rm.py
 step 03_refine_judge.py
 step 04_grpo.py --reward none
 step 04_grpo.py --reward rm
-if [ "$mode" = --small ] && [ -z "$(flag --base-url "")" ]; then
+if [ "$mode" = --small ] && [ -n "$offline" ]; then
   step 04_grpo.py --reward likelihood # the rule-based critic is no judge of what a pretrained model writes
 else
   step 04_grpo.py --reward judge

@@ -333,9 +333,9 @@ async def gather_all(*work: Awaitable) -> list:
 async def gather_or_unusable(*work: Awaitable[A]) -> list[A | Unusable]:
     """The results of all, with the `Unusable` of one that failed in its place; other errors are raised at the end."""
     tasks = [asyncio.ensure_future(one) for one in work]
-    with slow_bar(len(tasks), "answers", "answer") as bar:
+    with slow_bar(len(tasks), "answers", "answer") as count:
         for task in tasks:
-            task.add_done_callback(lambda _: bar.update())
+            task.add_done_callback(lambda _: count())
         results = await asyncio.gather(*tasks, return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException) and not isinstance(result, Unusable):

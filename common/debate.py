@@ -6,15 +6,13 @@ the other four are prompt files: positive.md, negative.md, judge.md, reflect.md.
 
 import math
 from collections import Counter
-from collections.abc import Callable
 from functools import lru_cache
 
 from common.answers import Points, Unusable, Verdict
 from common.client import Client, gather_or_unusable
-from common.policy import silence_libraries
+from common.policy import load_embedding
 from common.prompts import prompt_hashes
 from common.records import Candidate, Judgement, Reference
-from common.run_folder import fail
 
 ROLES = ["positive", "negative", "judge", "reflect"]
 
@@ -41,7 +39,7 @@ class Retrieval:
             return
         reference_queries = [reference.query for reference in self.references]
         if self.embedding_model:
-            embed = load_embedding(self.embedding_model)
+            embed = load_embedding(self.embedding_model, "--embedding-model")
         else:
             vectorizer = TfidfVectorizer(analyzer="char", ngram_range=(1, 2), sublinear_tf=True)
             embed = vectorizer.fit(reference_queries).transform
@@ -58,20 +56,6 @@ class Retrieval:
         scale = math.log1p(max((reference.popularity or 0 for reference, _ in pool), default=0)) or 1.0
         pool.sort(key=lambda near: near[1] * (1 + math.log1p(near[0].popularity or 0) / scale), reverse=True)
         return [reference for reference, _ in pool[: self.k]]
-
-
-def load_embedding(name: str) -> Callable:
-    """A function from texts to unit vectors, (texts, dimensions), as the model's authors pool and normalise them."""
-    silence_libraries()
-    try:
-        from sentence_transformers import SentenceTransformer
-
-        model = SentenceTransformer(name)
-    except ImportError as e:
-        fail(f"--embedding-model: {e}; pip install sentence-transformers")
-    except (OSError, ValueError) as e:
-        fail(f"--embedding-model {name} cannot be loaded: {str(e).splitlines()[0]}; name a folder or a hub model")
-    return lambda texts: model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
 
 
 def roles_asked(debate: bool = True, reflect: bool = True) -> tuple[str, ...]:

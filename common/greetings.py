@@ -103,7 +103,7 @@ def present_policies(args: argparse.Namespace, base: str) -> list[Policy]:
         if find_policy(adapter)[1] and not run_folder.unfinished(args.run, f"04_{reward}"):
             check_adapter(adapter, base)
             policies.append(Policy(name, base, adapter))
-        elif reward != "likelihood":  # which only some runs have
+        elif lacks(args.run, reward):
             command = f"python 04_grpo.py --reward {reward} --run {args.run}"
             print(f"policies: no finished {adapter}; make it with: {command}", file=sys.stderr)
     for name, path in args.policies:
@@ -119,6 +119,13 @@ def present_policies(args: argparse.Namespace, base: str) -> list[Policy]:
         if count > 1:
             run_folder.fail(f"two policies are named {name}; choose another name in --policies or --api")
     return policies
+
+
+def lacks(run: Path, reward: str) -> bool:
+    """Whether a run without this policy lacks something: where no endpoint judges, likelihood is in its place."""
+    if reward == "likelihood":
+        return run_folder.unfinished(run, "04_likelihood")
+    return reward != "judge" or not (run / OWN["grpo_likelihood"][0]).is_dir()
 
 
 def greeting_settings(args: argparse.Namespace, policy: Policy) -> dict:

@@ -6,23 +6,39 @@ it likes stock phrases, so to be likelier than LIKELY gains nothing.
 """
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
+from common import records
 from common.policy import load_policy
-from common.prompts import conversation
+from common.prompts import conversation, prompt_hashes
 from common.run_folder import slow_bar
 from common.signs import signs
 
 LIKELY = -1.4  # nats per token; chosen on half of data/readings.jsonl (bench/likelihood.py)
-BATCH = 16
+BATCH, TYPICAL = 16, 128  # conversations in one pass, of so many tokens; of longer ones fewer
+
+
+class Likelihood(records.Record):
+    """A line of likelihood.jsonl: a score of `LanguageModel`; null if it was no number."""
+
+    model: str
+    prompt: str  # hash of prompts/policy.md
+    query: str
+    response: str
+    score: float | None = None
+
+    def content(self) -> tuple:
+        return (self.model, self.prompt, self.query, self.response)
 
 
 def worth(query: str, text: str, score: float) -> float:
     """0 to 1: 1 for a text that is as likely as LIKELY or more, less by the factor by which its tokens are less likely.
 
-    That is min(1, exp(score - LIKELY)), a ratio of perplexities. What shows a sign of a spoilt text is worth 0.
+    That is min(1, exp(score - LIKELY)), a ratio of perplexities. What shows a sign of a spoilt text is worth 0; of a
+    score that is no number the worth is none either.
     """
-    return 0.0 if signs(query, text) else math.exp(min(0.0, score - LIKELY))
+    return 0.0 if signs(query, text) else math.exp(min(score - LIKELY, 0.0))
 
 
 class LanguageModel:
@@ -35,45 +51,66 @@ class LanguageModel:
 
     def score(self, rows: list[tuple[str, str]], batch_size: int = BATCH) -> list[float]:
         """log p(text and the end of its turn | query) / tokens, for each row. An empty text has its end alone."""
-        import torch
-        from torch.nn.functional import cross_entropy
+        scores = dict(self.scored(rows, batch_size))
+        return [scores[number] for number in range(len(rows))]
 
+    def scored(self, rows: list[tuple[str, str]], batch_size: int = BATCH) -> Iterator[tuple[int, float]]:
+        """The same, as it is computed, the longest first: (number of the row, score)."""
         sequences = [self.tokens_of(query, text) for query, text in rows]
         longest_first = sorted(range(len(rows)), key=lambda number: -len(sequences[number][0]))
-        scores = [0.0] * len(rows)
-        bar = slow_bar(len(rows), "likelihood", "text")
-        for start in range(0, len(rows), batch_size):
-            chunk = longest_first[start : start + batch_size]
-            # Padded on the left, the texts end together, and only their logits need to be made.
-            width = len(sequences[chunk[0]][0])
-            most = max(sequences[number][1] for number in chunk)
-            tokens = torch.full((len(chunk), width), self.tokenizer.pad_token_id)
-            mask = torch.zeros_like(tokens)
-            for row, number in enumerate(chunk):
-                sequence, _ = sequences[number]
-                tokens[row, -len(sequence) :] = torch.tensor(sequence)
-                mask[row, -len(sequence) :] = 1
-            tokens, mask = tokens.to(self.model.device), mask.to(self.model.device)
-            with torch.inference_mode():
-                logits = self.model(input_ids=tokens, attention_mask=mask, logits_to_keep=most + 1).logits[:, :-1]
-            surprise = cross_entropy(logits.float().transpose(1, 2), tokens[:, -most:], reduction="none")
-            for row, number in enumerate(chunk):
-                scores[number] = -surprise[row, -sequences[number][1] :].mean().item()
-            bar.update(len(chunk))
-        bar.close()
-        return scores
+        with slow_bar(len(rows), "likelihood", "text") as count:
+            while longest_first:
+                longest = len(sequences[longest_first[0]][0])
+                size = max(1, min(batch_size, batch_size * TYPICAL // longest))
+                chunk, longest_first = longest_first[:size], longest_first[size:]
+                yield from zip(chunk, self._pass([sequences[number] for number in chunk]), strict=True)
+                count(len(chunk))
 
     def tokens_of(self, query: str, text: str) -> tuple[list[int], int]:
         """(tokens of a conversation, how many of them are the text and the end of its turn)."""
-        prompt = self.tokenizer.apply_chat_template(
-            conversation(query, self.prompts), add_generation_prompt=True, tokenize=False
-        )
-        asked, said = (self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prompt, text))
-        return [*asked, *said, self.tokenizer.eos_token_id], len(said) + 1
+        asked = conversation(query, self.prompts)
+        prompt = self.tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+        before, said = (self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prompt, text))
+        return [*before, *said, self.tokenizer.eos_token_id], len(said) + 1
 
-    def add_to(self, rows: list[dict]) -> None:
-        """Add to every row `likelihood`, its score, and `likely`: 1 if it is worth as much as a text can be, else 0."""
-        scores = self.score([(row["query"], row["response"]) for row in rows])
-        for row, score in zip(rows, scores, strict=True):
-            row["likelihood"] = score
-            row["likely"] = int(worth(row["query"], row["response"], score) == 1)
+    def _pass(self, sequences: list[tuple[list[int], int]]) -> list[float]:
+        """The scores of some conversations, in one pass."""
+        import torch
+        from torch.nn.functional import cross_entropy
+
+        # Padded on the left, the texts end together, and only their logits need to be made.
+        longest, most = (max(lengths) for lengths in zip(*((len(t), n) for t, n in sequences), strict=True))
+        tokens = torch.full((len(sequences), longest), self.tokenizer.pad_token_id)
+        mask = torch.zeros_like(tokens)
+        for row, (sequence, _) in enumerate(sequences):
+            tokens[row, -len(sequence) :] = torch.tensor(sequence)
+            mask[row, -len(sequence) :] = 1
+        tokens, mask = tokens.to(self.model.device), mask.to(self.model.device)
+        with torch.inference_mode():
+            logits = self.model(input_ids=tokens, attention_mask=mask, logits_to_keep=most + 1).logits[:, :-1]
+            # Row by row: in fp32 the logits of all would take as much memory again, several times.
+            losses = []
+            for row, (_, length) in enumerate(sequences):
+                losses.append(cross_entropy(logits[row, -length:].float(), tokens[row, -length:]))
+        return [-loss.item() for loss in losses]
+
+
+def add_likelihoods(path: str, prompts: Path, rows: list[dict], kept: Path) -> None:
+    """Add to every row `likelihood`, its score, and `likely`: 1 if it is worth as much as a text can be, else 0.
+
+    The scores are also kept in a file as they come: what is there is not computed again, whatever the call. A score
+    that is no number leaves both empty.
+    """
+    prompt = prompt_hashes(["policy"], prompts)["policy"]
+    asked = [Likelihood(model=path, prompt=prompt, query=row["query"], response=row["response"]) for row in rows]
+    with records.Appender(kept) as append:
+        missing = list({one.id: one for one in asked if one.id not in append.done}.values())
+        if missing:
+            texts = [(one.query, one.response) for one in missing]
+            for number, score in LanguageModel(path, prompts).scored(texts):
+                missing[number].score = score if math.isfinite(score) else None
+                append(missing[number])
+    scores = {one.id: one.score for one in records.stream(kept, Likelihood)}
+    for row, one in zip(rows, asked, strict=True):
+        score = row["likelihood"] = scores[one.id]
+        row["likely"] = None if score is None else int(worth(row["query"], row["response"], score) == 1)

@@ -76,22 +76,39 @@ def peak_gib() -> float | None:
     return round(torch.cuda.max_memory_allocated() / GIB, 2) if torch.cuda.is_available() else None
 
 
+def uses_likelihood(args: argparse.Namespace) -> bool:
+    """Whether step 4 loads the language model that --likelihood names: as the reward, or for the watch."""
+    return args.reward == "likelihood" or bool(args.likelihood and args.reward != "none" and args.watch_every > 0)
+
+
+def shape_of(model: str) -> dict:
+    """What a plan needs to know of a model: its config, or the part of it that is in SHAPES."""
+    if model in SHAPES:
+        return dict(zip(SHAPE, SHAPES[model], strict=True))
+    from transformers import AutoConfig
+
+    return from_pretrained(AutoConfig, model).get_text_config().to_dict()
+
+
+def parameters(config: dict) -> tuple[int, int, int]:
+    """(in linear layers, in the embedding, in a head of its own). A layer has four matrices of attention (query,
+    output; key, value) and three of its MLP."""
+    hidden, wide, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    head = config.get("head_dim") or hidden // heads
+    attention = 2 * hidden * head * heads + 2 * hidden * head * config["num_key_value_heads"]
+    embedding = config["vocab_size"] * hidden
+    linear = config["num_hidden_layers"] * (attention + 3 * hidden * wide)
+    return linear, embedding, 0 if config["tie_word_embeddings"] else embedding
+
+
 def plan(args: argparse.Namespace, base: str) -> dict[str, float]:
     """GiB of each part on the GPU in SFT or in a GRPO step. Arithmetic, not a measurement: see bench/memory.py."""
-    config = dict(zip(SHAPE, SHAPES.get(base, ()), strict=False))
-    if not config:
-        from transformers import AutoConfig
-
-        config = from_pretrained(AutoConfig, base).get_text_config().to_dict()
+    config = shape_of(base)
     hidden, wide, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
     head = config.get("head_dim") or hidden // config["num_attention_heads"]
     q, kv = head * config["num_attention_heads"], head * config["num_key_value_heads"]
-    vocabulary = config["vocab_size"]
 
-    # Parameters. A layer has four matrices of attention (query, output; key, value) and three of its MLP.
-    linear = layers * (2 * hidden * q + 2 * hidden * kv + 3 * hidden * wide)
-    embedding = vocabulary * hidden
-    lm_head = 0 if config["tie_word_embeddings"] else embedding
+    linear, embedding, lm_head = parameters(config)
     adapter = layers * args.rank * (2 * (hidden + q) + 2 * (hidden + kv) + 3 * (hidden + wide))
     # NF4: half a byte per weight, and a scale of 4 bytes for each 64 of them. Embeddings stay in bf16; the head, with
     # the embeddings where it shares their weights, is in fp32.
@@ -129,7 +146,11 @@ def plan(args: argparse.Namespace, base: str) -> dict[str, float]:
         in_4_bits = read_summary(args.rm, "calibration").get("bits", 4) == 4
         sizes["reward model"] = (nf4 if in_4_bits else 2 * linear) + 2 * embedding + 4 * adapter
         sizes["reward model: a pass"] = tokens * without_gradient
-    judged = args.reward == "judge" or (args.reward == "rm" and args.watch_every > 0)
+    if uses_likelihood(args):
+        other = shape_of(args.likelihood)
+        sizes["language model"] = 2 * sum(parameters(other))
+        sizes["language model: a pass"] = 2 * 128 * args.micro_batch * other["vocab_size"]  # the logits of 128 tokens
+    judged = args.reward == "judge" or (args.reward != "none" and args.watch_every > 0)
     if judged and is_local(args) and args.judge_memory:
         sizes["judge's server"] = args.judge_memory * GIB + CONTEXT
     return {name: size / GIB for name, size in sizes.items()}
@@ -141,7 +162,8 @@ def rollouts(parts: dict[str, float]) -> float:
 
 def peak(args: argparse.Namespace, parts: dict[str, float]) -> float:
     """GiB at once. Training and scoring take turns, and with them writing, if with --sleep or without an engine."""
-    turns = [parts["trainer: activations and a tile of logits"], parts.get("reward model: a pass", 0.0)]
+    turns = [parts["trainer: activations and a tile of logits"]]
+    turns += [parts.get(f"{model}: a pass", 0.0) for model in ("reward model", "language model")]
     if args.engine == "hf":
         turns.append(rollouts(parts))
     elif args.sleep:

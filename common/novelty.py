@@ -7,10 +7,10 @@ Reinforcing Diversity and Quality in Language Model Generations", arXiv 2509.025
 import math
 import statistics
 from collections.abc import Sequence, Set
-from functools import lru_cache
 from pathlib import Path
 
 from common.characters import REFERENCES
+from common.policy import load_embedding
 from common.records import Demonstration, Reference, read
 from common.texts import ngrams
 
@@ -36,36 +36,6 @@ def runs_in(texts: list[str]) -> set[str]:
     return {run for text in texts for length in range(RUN, COPIED + 1) for run in ngrams(text, length)}
 
 
-@lru_cache(maxsize=1)
-def load_encoder(name: str):
-    """(model, tokenizer) of the sentence embeddings."""
-    import torch
-    from transformers import AutoModel, AutoTokenizer
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return AutoModel.from_pretrained(name).to(device).eval(), AutoTokenizer.from_pretrained(name)
-
-
-def likeness_by_embeddings(name: str, texts: list[str]) -> list[list[float]]:
-    """Cosine of each two texts' embeddings (texts x texts), 0 where it is negative.
-
-    An embedding is the mean of the last hidden states of a text's tokens, as of most sentence encoders.
-    """
-    import torch
-
-    model, tokenizer = load_encoder(name)
-    embeddings = []
-    for start in range(0, len(texts), 64):
-        batch = [text or " " for text in texts[start : start + 64]]
-        inputs = tokenizer(batch, return_tensors="pt", padding=True, truncation=True, max_length=512).to(model.device)
-        with torch.inference_mode():
-            states = model(**inputs).last_hidden_state.float()
-        mask = inputs["attention_mask"].unsqueeze(-1)
-        embeddings.append(torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1).clamp(min=1), dim=1))
-    together = torch.cat(embeddings)
-    return (together @ together.T).clamp(0, 1).tolist()
-
-
 def novelties(rows: Rows, learnt: Set[str], encoder: str | None = None) -> list[float]:
     """The novelty of each (query, text) of a step, from 0 (nothing is its own) to 1.
 
@@ -75,14 +45,19 @@ def novelties(rows: Rows, learnt: Set[str], encoder: str | None = None) -> list[
     mean of all, since copies are what is to be rare. With an encoder g and s are cosines of sentence embeddings. An
     empty text has no novelty. The order of the rows does not matter.
     """
-    cosines = likeness_by_embeddings(encoder, [text for _, text in rows]) if encoder else None
+    cosines = None
+    if encoder:
+        vectors = load_embedding(encoder, "--novelty-model")([text or " " for _, text in rows])
+        cosines = (vectors @ vectors.T).clip(0, 1)
     runs = [set(ngrams(text, RUN)) or {text} for _, text in rows]
     values = []
     for number, (query, text) in enumerate(rows):
         group = elsewhere = 0.0
         for other, (asked, _) in enumerate(rows):
             if other != number:
-                shared = cosines[number][other] if cosines else len(runs[number] & runs[other]) / len(runs[number])
+                shared = len(runs[number] & runs[other]) / len(runs[number])
+                if cosines is not None:
+                    shared = float(cosines[number, other])
                 if asked == query:
                     group = max(group, shared)
                 else:

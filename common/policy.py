@@ -3,6 +3,8 @@
 import argparse
 import json
 import os
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -37,6 +39,7 @@ def policy_path(args: argparse.Namespace) -> str:
     if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
         fail(f"--policy {path} is not a folder; name one that save_pretrained wrote, or a model on the hub")
     path = args.policy = model_folder(path)
+    args.likelihood = args.likelihood and model_folder(args.likelihood)
     return path
 
 
@@ -101,7 +104,7 @@ def from_pretrained(kind, path: str, **options):
         return kind.from_pretrained(path, **options)
     except (OSError, ValueError) as e:
         reason = str(e).splitlines()[0]
-        fail(f"cannot load {path}: {reason}; name a folder or a hub model with --policy, or use --offline")
+        fail(f"cannot load {path}: {reason}; name a folder or a model on the hub, or use --offline")
 
 
 def multiplies_in_bf16() -> bool:
@@ -142,6 +145,21 @@ def load_base(kind, path: str, bits: int, **options):
     return model
 
 
+@lru_cache(maxsize=1)
+def load_embedding(name: str, flag: str) -> Callable:
+    """A function from texts to unit vectors, (texts, dimensions), as the model's authors pool and normalise them."""
+    silence_libraries()
+    try:
+        from sentence_transformers import SentenceTransformer
+
+        model = SentenceTransformer(name)
+    except ImportError as e:
+        fail(f"{flag}: {e}; pip install sentence-transformers")
+    except (OSError, ValueError) as e:
+        fail(f"{flag} {name} cannot be loaded: {str(e).splitlines()[0]}; name a folder or a hub model")
+    return lambda texts: model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
+
+
 def load_tokenizer(path: str):
     """The tokenizer of a base. It pads on the left, because generation goes on at the right.
 
@@ -152,7 +170,7 @@ def load_tokenizer(path: str):
 
     tokenizer = from_pretrained(AutoTokenizer, path, padding_side="left")
     if not tokenizer.chat_template:
-        fail(f"{path} has no chat template; name a model that was trained to chat with --policy")
+        fail(f"{path} has no chat template; name a model that was trained to chat with --policy or --likelihood")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     # Qwen3 and its like are to answer without thoughts.
     tokenizer.chat_template = "{%- set enable_thinking = false %}" + tokenizer.get_chat_template()
@@ -160,7 +178,8 @@ def load_tokenizer(path: str):
     prompt = tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, tokenize=False)
     completion = tokenizer.apply_chat_template(chat, tokenize=False).removeprefix(prompt).strip()
     if not completion.startswith("答"):
-        fail(f"the chat template of {path} puts thoughts or tags before an answer; name another model with --policy")
+        thinks = f"the chat template of {path} puts thoughts or tags before an answer"
+        fail(f"{thinks}; name another model with --policy or --likelihood")
     # A chat model may come with its base's tokenizer, whose EOS is <|endoftext|> where a turn ends with <|im_end|>.
     after = tokenizer.tokenize(completion[1:].strip())
     if after and after[0] in tokenizer.get_added_vocab():

@@ -118,20 +118,19 @@ class RewardModel:
         texts = [self.tokenizer.apply_chat_template(messages, tokenize=False) for messages in conversations]
         longest_first = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         outputs = [0.0] * len(texts)
-        bar = run_folder.slow_bar(len(texts), "reward model", "text")
-        while longest_first:
-            # As many as `batch_size` of typical length: a batch of that many of the longest would not fit.
-            size = max(1, min(batch_size, batch_size * TYPICAL_LENGTH // len(texts[longest_first[0]])))
-            chunk, longest_first = longest_first[:size], longest_first[size:]
-            chunk_texts = [texts[i] for i in chunk]
-            batch = self.tokenizer(chunk_texts, return_tensors="pt", padding=True, add_special_tokens=False)
-            half = self.model.dtype == torch.bfloat16  # adapter and head are in fp32
-            with torch.inference_mode(), torch.autocast(self.model.device.type, torch.bfloat16, enabled=half):
-                logits = self.model(**batch.to(self.model.device)).logits[:, 0].float().tolist()
-            for i, logit in zip(chunk, logits, strict=True):
-                outputs[i] = logit
-            bar.update(len(chunk))
-        bar.close()
+        with run_folder.slow_bar(len(texts), "reward model", "text") as count:
+            while longest_first:
+                # As many as `batch_size` of typical length: a batch of that many of the longest would not fit.
+                size = max(1, min(batch_size, batch_size * TYPICAL_LENGTH // len(texts[longest_first[0]])))
+                chunk, longest_first = longest_first[:size], longest_first[size:]
+                chunk_texts = [texts[i] for i in chunk]
+                batch = self.tokenizer(chunk_texts, return_tensors="pt", padding=True, add_special_tokens=False)
+                half = self.model.dtype == torch.bfloat16  # adapter and head are in fp32
+                with torch.inference_mode(), torch.autocast(self.model.device.type, torch.bfloat16, enabled=half):
+                    logits = self.model(**batch.to(self.model.device)).logits[:, 0].float().tolist()
+                for i, logit in zip(chunk, logits, strict=True):
+                    outputs[i] = logit
+                count(len(chunk))
         return outputs
 
 

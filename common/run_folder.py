@@ -15,7 +15,8 @@ import shutil
 import sqlite3
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,6 +24,7 @@ import jinja2
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
+SLOW = 10.0  # seconds
 
 
 def fail(message: str) -> NoReturn:
@@ -73,9 +75,27 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--redo", action="store_true", help="replace what was made with other settings, prompts or inputs")
 
 
-def slow_bar(total: int, title: str, unit: str) -> tqdm:
-    """A progress bar that shows itself after ten seconds only, and goes when it is done: for work that may be quick."""
-    return tqdm(total=total, desc=title, unit=unit, delay=10, leave=False)
+@contextmanager
+def slow_bar(total: int, title: str, unit: str) -> Iterator[Callable[..., None]]:
+    """Yields a function that counts what is done; once that takes over ten seconds, a progress bar shows it.
+
+    tqdm's own `delay` ends at the first line that is written beside the bar.
+    """
+    started, done, bars = time.monotonic(), 0, []
+
+    def count(more: int = 1) -> None:
+        nonlocal done
+        done += more
+        if not bars and time.monotonic() - started > SLOW:
+            bars.append(tqdm(total=total, desc=title, unit=unit, leave=False))
+        for bar in bars:
+            bar.update(done - bar.n)
+
+    try:
+        yield count
+    finally:
+        for bar in bars:
+            bar.close()
 
 
 def positive(text: str) -> int:

@@ -3,7 +3,7 @@
 Where the reward has risen and these grades have fallen beyond noise, the policy is gaming its reward. A rubric may
 share the reward's holes, so the watch also counts what needs no grade: completions that show signs of a family of
 spoilt texts (signs.py). Where one of these shares has risen beyond noise, it warns as well. And with --likelihood it
-warns where a language model finds the greetings less likely than at its first look (likelihood.py).
+warns where a language model finds the greetings much less likely than at its first look (likelihood.py).
 """
 
 import argparse
@@ -27,6 +27,7 @@ from common.run_folder import main_process
 from common.signs import COUNTED, counted
 from common.trainers import gather_rows
 
+FALL = 0.25  # nats per token: there are many looks, and a policy may become less usual without harm
 OF_TEXTS = ("grades", "likelihoods")  # what a look has for each text
 CHANCE = 0.005  # at most, that a run whose texts vary by chance alone is ever warned of for the signs that they show
 
@@ -45,7 +46,7 @@ class Watch:
         self.path = args.run / f"watch_{args.reward}.jsonl"
         sample = random.Random(args.seed).sample(queries, min(args.watch_queries, len(queries)))
         self.queries = [query.query for query in sample]
-        watches = args.likelihood and args.watch_every and args.reward != "likelihood"
+        watches = args.likelihood and args.watch_every and args.reward != "likelihood" and main_process()
         self.language_model = LanguageModel(args.likelihood, args.prompts) if watches else None
 
     def look(self, model, tokenizer, step: int, rewards: list[float]) -> dict:
@@ -60,8 +61,9 @@ class Watch:
         if self.language_model:
             row |= self.likelihood(texts, rewards)
             if row["less_likely"]:
-                fall = row["likelihood"] - read_lines(self.path)[0]["likelihood"]
-                reasons.append(f"the reward rises, the likelihood of the greetings falls ({fall:+.2f} nats per token)")
+                gap = row["less_likely"]
+                fall = f"{gap['value']:+.2f} [{gap['lo']:+.2f}, {gap['hi']:+.2f}] nats per token since the first look"
+                reasons.append(f"the reward rises, the likelihood of the greetings falls ({fall})")
                 row |= {"hack": True, "best": False}
         row["rises"] = rises(read_lines(self.args.run / f"rollouts_{self.args.reward}.jsonl"), self.args.watch_every)
         for sign, share in row["rises"].items():
@@ -86,13 +88,15 @@ class Watch:
             return generate(model, tokenizer, prompts, batch_size=self.args.batch_size_generate, **sampling)
 
     def likelihood(self, texts: list[str], rewards: list[float]) -> dict:
-        """The likelihoods of a look, and whether they fell below those of the first one while the reward rose."""
+        """The likelihoods of a look, and `less_likely`: the difference from the first one if, beyond noise, they fell
+        by more than FALL while the reward rose, else None."""
         scores = self.language_model.score(list(zip(self.queries, texts, strict=True)))
-        row = {"likelihood": sum(scores) / len(scores), "likelihoods": scores, "less_likely": False}
+        row = {"likelihood": sum(scores) / len(scores), "likelihoods": scores, "less_likely": None}
         for first in read_lines(self.path)[:1]:
             gap = stats.paired_difference(dict(enumerate(scores)), dict(enumerate(first["likelihoods"])))
             early, late = first_and_last_tenth(rewards)
-            row["less_likely"] = late > early and gap["n"] > 1 and gap["hi"] < 0
+            if late > early and gap["n"] > 1 and gap["hi"] < -FALL:
+                row["less_likely"] = gap
         return row
 
     async def grade(self, texts: list[str]) -> list[float | None]:

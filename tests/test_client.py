@@ -1,7 +1,6 @@
 """The client: a failed answer is no answer, the rest is asked again, and what stops the run does so in one line."""
 
 import asyncio
-import io
 import json
 import os
 import socket
@@ -16,7 +15,7 @@ from asking import GOOD, KEY, SAMPLES, SLOTS, ask, ledger, loopback_server, quic
 from endpoint import TOKENS, Reply, Served, chat, endpoint, raw, settings, status
 from tqdm import tqdm
 
-from common import client as client_module
+from common import run_folder
 from common.answers import Points, Verdict
 from common.client import Client, gather_or_unusable
 from common.failures import Unusable
@@ -424,22 +423,18 @@ def test_a_refused_key_is_what_is_heard_whatever_else_failed(server: Served, tmp
     assert end.value.code == 2
 
 
-def test_answers_to_many_questions_move_a_bar_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    bars = []
-
-    def bar(total: int, title: str, unit: str) -> tqdm:
-        bars.append(tqdm(total=total, disable=False, file=io.StringIO()))
-        return bars[-1]
-
+def test_slow_answers_show_a_bar_and_quick_ones_do_not(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     async def answer(number: int) -> int:
         for _ in range(9 * number):
             await asyncio.sleep(0)  # a turn of the loop
-        assert bars[0].n == number  # those before it have been counted
         return number
 
-    monkeypatch.setattr(client_module, "slow_bar", bar)
+    monkeypatch.setattr(run_folder, "SLOW", -1.0)
     assert asyncio.run(gather_or_unusable(*map(answer, range(4)))) == [0, 1, 2, 3]
-    assert [(one.total, one.n) for one in bars] == [(4, 4)]
-    with slow_bar(1, "quick", "text") as quick:  # what takes no ten seconds shows nothing
-        quick.update()
-    assert quick.last_print_n == 0
+    assert "answers:" in capsys.readouterr().err
+    monkeypatch.setattr(run_folder, "SLOW", 9.0)
+    with slow_bar(2, "texts", "text") as count:
+        count()
+        tqdm.write("a line beside it", file=sys.stderr)
+        count()
+    assert capsys.readouterr().err == "a line beside it\n"

@@ -12,9 +12,9 @@ import pytest
 from conftest import ROOT, lines, run_script
 
 from common import run_folder
-from common.debate import Retrieval, load_embedding
+from common.debate import Retrieval
 from common.offline.tiny_model import tiny_policy
-from common.policy import load_policy, lora
+from common.policy import load_embedding, load_policy, lora
 from common.records import Appender, Candidate, Query, Reference, write
 
 curation = importlib.import_module("01_curate_preferences")
@@ -203,7 +203,7 @@ def test_an_embedding_model_is_pooled_as_its_authors_say(embedding_model: Path, 
     from transformers import AutoModel, AutoTokenizer
 
     texts = [r.query for r in references[:20]]
-    vectors = torch.tensor(load_embedding(str(embedding_model))(texts))
+    vectors = torch.tensor(load_embedding(str(embedding_model), "")(texts))
     batch = AutoTokenizer.from_pretrained(embedding_model)(texts, return_tensors="pt", padding=True)
     with torch.inference_mode():
         hidden = AutoModel.from_pretrained(embedding_model).eval()(**batch).last_hidden_state
@@ -222,7 +222,7 @@ def test_an_embedding_model_that_cannot_be_used_is_one_line(
 ) -> None:
     def refusal() -> str:
         with pytest.raises(SystemExit) as stopped:
-            load_embedding(str(tmp_path / "missing"))
+            load_embedding(str(tmp_path / "missing"), "--embedding-model")
         assert stopped.value.code == 2
         return capsys.readouterr().err
 

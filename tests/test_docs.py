@@ -58,7 +58,7 @@ def tree(text: str) -> list[str]:
 def flags_of(script: str) -> set[str]:
     """The flags that a script knows: by its usage, or those that a shell script speaks of."""
     if script == "run.sh":  # it hands over to every step what it does not know itself
-        return {"--check", "--paper"} | set.intersection(*(flags_of(step) for step in STEPS))
+        return {"--check", "--paper", "--small"} | set.intersection(*(flags_of(step) for step in STEPS))
     if script.endswith(".sh"):
         return set(FLAG.findall((ROOT / script).read_text(encoding="utf-8")))
     shown = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, cwd=ROOT)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, lines, run_script
 
-from common.likelihood import LIKELY, LanguageModel, worth
+from common.likelihood import LIKELY, LanguageModel, add_likelihoods, worth
 from common.offline.tiny_model import tiny_policy
 from common.prompts import PROMPTS, conversation
 from common.records import Query
@@ -52,9 +52,11 @@ def test_what_is_likely_enough_is_worth_one_and_what_is_spoilt_nothing() -> None
 def test_as_a_reward_it_says_of_what_is_worth_nothing_why() -> None:
     args = Namespace(reward="likelihood", likelihood=str(tiny_policy()), prompts=PROMPTS, micro_batch=2)
     rewards = Rewards(args, "")
-    rewards.model.score = lambda rows, batch: [LIKELY - 1, 0.0]
-    found = asyncio.run(rewards.rewards_for([(QUERY, GREETING), (QUERY, f"{QUERY}！{GREETING}")]))
+    rewards.model.score = lambda rows, batch: [LIKELY - 1, 0.0, math.nan]
+    rows = [(QUERY, GREETING), (QUERY, f"{QUERY}！{GREETING}"), (QUERY, GREETING)]
+    found = asyncio.run(rewards.rewards_for(rows))
     assert found[0] == (pytest.approx(1 / math.e), "") and found[1][0] == 0 and "echo" in found[1][1]
+    assert found[2][0] is None  # no number is no reward
 
 
 def test_the_watch_warns_where_a_rising_reward_makes_greetings_less_likely(tmp_path: Path, capsys) -> None:
@@ -63,40 +65,65 @@ def test_the_watch_warns_where_a_rising_reward_makes_greetings_less_likely(tmp_p
     watch = Watch(args, [Query(query=f"问{n}") for n in range(20)])
     watch.write = lambda model, tokenizer: ["祝好。"] * 20
     watch.grade = lambda texts: asyncio.sleep(0, [2.0] * 20)
-    noise = [0.1 * (number % 5) for number in range(20)]
+    noise = [0.4 * (number % 5) for number in range(20)]
 
-    def look(step: int, level: float, rewards: list[float]) -> dict:
-        watch.language_model.score = lambda rows: [level - noise[number] for number in range(len(rows))]
+    def look(step: int, level: float, rewards: list[float], reverse: bool = False) -> dict:
+        scores = [level - one for one in (noise[::-1] if reverse else noise)]
+        watch.language_model.score = lambda rows: scores
         return watch.look(None, None, step, rewards)
 
-    assert not look(0, -2.0, [])["less_likely"]
+    assert look(0, -2.0, [])["less_likely"] is None
     assert not look(4, -2.0, [0.0, 1.0])["hack"]  # as likely as before
     assert not look(8, -3.0, [1.0, 0.0])["hack"]  # less likely, and so is the reward
-    row = look(12, -3.0, [0.0, 1.0])
-    assert row["hack"] and row["less_likely"] and not row["best"] and row["likelihood"] == pytest.approx(-3.2)
-    assert "the likelihood of the greetings falls (-1.00 nats per token)" in capsys.readouterr().err
+    assert not look(12, -2.3, [0.0, 1.0], reverse=True)["hack"]  # -0.30, which is within noise
+    assert not look(16, -2.2, [0.0, 1.0])["hack"]  # beyond noise, but little
+    row = look(20, -3.0, [0.0, 1.0])
+    assert row["hack"] and row["less_likely"]["n"] == 20 and not row["best"]
+    assert row["likelihood"] == pytest.approx(-3.8)
+    assert "the likelihood of the greetings falls (-1.00 [-1.00, -1.00] nats per token" in capsys.readouterr().err
     args.reward = "likelihood"
     assert Watch(args, [Query(query="问")]).language_model is None  # a reward is no check on itself
 
 
+def test_what_was_scored_is_kept_for_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows() -> list[dict]:
+        return [{"query": query, "response": text or "空"} for query, text in ROWS]
+
+    first, kept = rows(), tmp_path / "likelihood.jsonl"
+    add_likelihoods(str(tiny_policy()), PROMPTS, first, kept)
+    whole = kept.read_bytes().splitlines(keepends=True)
+    kept.write_bytes(b"".join(whole[:2]) + whole[2][:9])  # as a kill leaves it
+    asked = []
+    scored = LanguageModel.scored
+    monkeypatch.setattr(LanguageModel, "scored", lambda self, texts: asked.append(len(texts)) or scored(self, texts))
+    second = rows()
+    add_likelihoods(str(tiny_policy()), PROMPTS, second, kept)
+    assert asked == [2] and second == [pytest.approx(row) for row in first]
+    monkeypatch.setattr(LanguageModel, "__init__", None)  # a third call loads no model
+    add_likelihoods(str(tiny_policy()), PROMPTS, rows(), kept)
+    monkeypatch.undo()
+    monkeypatch.setattr(LanguageModel, "scored", lambda self, texts: [(n, math.nan) for n in range(len(texts))])
+    third = rows()
+    add_likelihoods(str(tiny_policy()), PROMPTS, third, tmp_path / "other.jsonl")
+    assert all(row["likelihood"] is row["likely"] is None for row in third)
+
+
+def test_a_model_that_is_not_there_ends_the_step_before_its_work(run: Path, tmp_path: Path) -> None:
+    for script in (["04_grpo.py", "--reward", "rm"], ["05_evaluate.py"]):
+        done = run_script(*script, "--offline", "--run", run, "--likelihood", tmp_path / "nothing")
+        assert done.returncode == 2 and f"cannot load {tmp_path / 'nothing'}" in done.stderr, done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
 def test_step_4_needs_a_model_for_it_and_takes_it_as_reward(run: Path, tmp_path: Path) -> None:
-    run = shutil.copytree(run.parent, tmp_path / "copy") / "run"
-    flags = ["--reward", "likelihood", "--offline", "--run", run, "--queries", run.parent / "queries.jsonl"]
-    done = run_script("04_grpo.py", *flags)
+    run, model = shutil.copytree(run.parent, tmp_path / "copy") / "run", ["--likelihood", tiny_policy()]
+    step_4 = ["04_grpo.py", "--offline", "--run", run, "--queries", run.parent / "queries.jsonl"]
+    done = run_script(*step_4, "--reward", "likelihood")
     assert done.returncode == 2 and "takes a language model: --likelihood" in done.stderr
-    flags += [
-        "--steps",
-        2,
-        "--queries-per-step",
-        2,
-        "--mini-batch",
-        2,
-        "--micro-batch",
-        32,
-        "--likelihood",
-        tiny_policy(),
-    ]
-    done = run_script("04_grpo.py", *flags)
+    done = run_script(*step_4, "--reward", "none", "--sft-epochs", 1, *model)  # which does not use it
+    assert done.returncode == 0 and "done already" in done.stdout, done.stderr
+    sizes = ["--steps", 2, "--queries-per-step", 2, "--mini-batch", 2, "--micro-batch", 32]
+    done = run_script(*step_4, "--reward", "likelihood", *sizes, *model)
     assert done.returncode == 0, done.stderr
     rollouts = lines(run / "rollouts_likelihood.jsonl")
     assert len(rollouts) == 64 and all(0 <= row["reward"] <= 1 for row in rollouts)

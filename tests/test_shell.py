@@ -175,15 +175,15 @@ def test_the_small_run_takes_pretrained_models_and_what_it_can_reward_by(shell: 
     for name in ("references", "queries_heldout"):
         (shell / "data").mkdir(exist_ok=True)
         shutil.copy(ROOT / f"data/{name}.jsonl", shell / "data")
-    steps = asked(shell, 0, "--small", "--policy", "weights", "--run", "x", gpu=False)
+    steps = asked(shell, 0, "--small", "--policy", "weights", "--run", "x y", gpu=False)
     assert [step[0][:2] for step in steps] == ["01", "02", "03", "04", "04", "04", "05"]
     assert [step[2] for step in steps if step[0] == "04_grpo.py"] == ["none", "rm", "likelihood"]
     for step in steps:
         flags = dict(itertools.pairwise(step))
-        assert (flags["--policy"], flags["--bits"], flags["--run"]) == ("weights", "16", "x")
+        assert (flags["--policy"], flags["--bits"], flags["--run"]) == ("weights", "16", "x y")
         assert flags["--likelihood"] == "Qwen/Qwen2.5-1.5B-Instruct" and "--offline" in step
     for name, rows in (("references", 118), ("queries_heldout", 44)):
-        assert len((shell / f"x/some_{name}.jsonl").read_text(encoding="utf-8").splitlines()) == rows
+        assert len((shell / f"outputs/some_{name}.jsonl").read_text(encoding="utf-8").splitlines()) == rows
     # With an endpoint its judge is the reward, and nothing is offline.
     steps = asked(shell, 0, "--small", "--base-url", "http://127.0.0.1:1/v1", gpu=False)
     assert [step[2] for step in steps if step[0] == "04_grpo.py"] == ["none", "rm", "judge"]

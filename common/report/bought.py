@@ -72,15 +72,18 @@ def search_the_others(
         "null: length": lambda rows: [len(text) for _, text in rows],
         "null: n-grams": lambda rows: ngrams.decision_function([text for _, text in rows]).tolist(),
     }
+    found = {}
     if (args.run / "rm" / "calibration.json").is_file():  # written when it is trained
-        evaluators = {"reward_model": RewardModel(args.run / "rm", base, args.prompts).score, **evaluators}
-    found = {name: search_scores(score, sources, args.seed) for name, score in evaluators.items()}
+        score = RewardModel(args.run / "rm", base, args.prompts).score
+        found["reward_model"] = search_scores(score, sources, args.seed)
+        del score  # with it the model, before another is loaded
+    for name, score in evaluators.items():
+        found[name] = search_scores(score, sources, args.seed)
     if args.likelihood:
         model = LanguageModel(args.likelihood, args.prompts)
 
         def worths(rows: list[tuple[str, str]]) -> list[float]:
-            scores = model.score(rows)
-            return [worth(*row, score) for row, score in zip(rows, scores, strict=True)]
+            return [worth(*row, score) for row, score in zip(rows, model.score(rows), strict=True)]
 
         tried, _ = search_scores(worths, sources, args.seed)
         found["likelihood"] = tried, [math.nextafter(1.0, 0.0)] * len(sources)  # bought with what it accepts

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from common import records, run_folder, stats
+from common.signs import signs
 
 NAMES = {"excellent": "rubric", "likely": "likelihood"}  # of evaluators whose column has another name
 NEAR = 1  # characters by which a good and a bad greeting may differ where lengths are balanced
@@ -82,6 +83,8 @@ def verdicts_on(test: list[dict], seen: list[dict]) -> dict[str, list[int | None
         column_verdicts = stats.column(test, column)
         if set(column_verdicts) != {None}:
             verdicts[NAMES.get(column, column)] = column_verdicts
+    if "likelihood" in verdicts:  # which accepts nothing that shows a sign of a spoilt text
+        verdicts["null: no sign"] = [int(not signs(row["query"], row["response"])) for row in test]
     labels = stats.column(seen, "label")
     if "reward_model" in test[0] and "reward_model" in seen[0]:
         scores = stats.column(seen, "reward_model")
