@@ -63,7 +63,7 @@ small() { # what step $1 takes with --small; docs/guide.md says why
   case $1 in
     01*) echo "$writes --queries $(some references 9) --candidates $(some references 9) --samples 1 --temperature 0.8 --max-copied 1" ;;
     02*) echo "--epochs 1 --learning-rate 1e-4 --batch-size 8 --accumulation 1 --max-length 256 --derived 1 --checks 2 --stress-size 12" ;;
-    04*) echo "$writes --sft-epochs 1 --sft-learning-rate 2e-5 --sft-batch-size 8 --learning-rate 5e-5 --kl 0.01 --steps 12" \
+    04*) echo "$writes --sft-epochs 1 --sft-learning-rate 2e-5 --sft-batch-size 8 --learning-rate 1e-4 --kl 0.01 --steps 12" \
       "--queries-per-step 4 --mini-batch 4 --samples 8 --micro-batch 8 --novelty 0.5 --save-every 1 --watch-every 6 --watch-queries 24" ;;
     05*) echo "$writes --queries $(some queries_heldout 6) --samples 1${offline:+ --search 6}" ;;
   esac
