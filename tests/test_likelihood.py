@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import os
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -106,6 +107,18 @@ def test_what_was_scored_is_kept_for_the_next_call(tmp_path: Path, monkeypatch: 
     third = rows()
     add_likelihoods(str(tiny_policy()), PROMPTS, third, tmp_path / "other.jsonl")
     assert all(row["likelihood"] is row["likely"] is None for row in third)
+
+
+@pytest.mark.skipif("REAL_MODEL" not in os.environ, reason="REAL_MODEL names no folder with pretrained weights")
+def test_pretrained_weights_rank_what_a_reader_accepts_above_the_rest() -> None:
+    """Of what the tiny policies wrote, by the area under the curve: chance, and length, reach 0.5 or less."""
+    from sklearn.metrics import roc_auc_score
+
+    rows = [row for row in lines(ROOT / "data/readings.jsonl") if row["writer"].startswith("tiny")]
+    scores = LanguageModel(os.environ["REAL_MODEL"], PROMPTS).score([(row["query"], row["response"]) for row in rows])
+    labels = [row["acceptable"] for row in rows]
+    assert len(rows) == 68 and roc_auc_score(labels, scores) > 0.85
+    assert roc_auc_score(labels, [len(row["response"]) for row in rows]) < 0.5
 
 
 def test_a_model_that_is_not_there_ends_the_step_before_its_work(run: Path, tmp_path: Path) -> None:
