@@ -99,7 +99,7 @@ class Preference(Record):
     prompt: Messages = Field(min_length=1)
     chosen: Messages = Field(min_length=1)
     rejected: Messages = Field(min_length=1)
-    query: str = ""
+    query: str = ""  # if there is none, the prompt
     query_id: str = ""
     chosen_id: str = ""
     rejected_id: str = ""
@@ -109,6 +109,7 @@ class Preference(Record):
     def _two_sides(self):
         if not two_sided(*self.texts[1:]):
             raise ValueError("chosen and rejected are the same text, or one is empty: delete the pair")
+        self.query = self.query or self.texts[0]
         return self
 
     def content(self) -> tuple:

@@ -68,8 +68,8 @@ def search_chosen(
     rm: RewardModel, pairs: Pairs, most: int, seed: int | str, held_out: bool
 ) -> tuple[list[Source], list[list[Try]], list[float]]:
     """(chosen texts of these pairs, at most so many; what was tried on each; the score of each)."""
-    prompts = {pair.query or pair.texts[0]: pair.prompt for pair in pairs}
-    chosen = {(pair.query or pair.texts[0], pair.texts[1].strip()) for pair in pairs}
+    prompts = {pair.query: pair.prompt for pair in pairs}
+    chosen = {(pair.query, pair.texts[1].strip()) for pair in pairs}
     drawn = sorted(chosen, key=lambda row: run_folder.digest(seed, "bought", *row))[:most]
 
     def score(rows: list[tuple[str, str]]) -> list[float]:
@@ -83,7 +83,7 @@ def search_chosen(
 
 def winners(pairs: Pairs, most: int, sources: list[Source], found: list[list[Try]], bar: list[float]) -> Pairs:
     """Pairs of a text and each of the KEPT tries that score highest; of all texts' those that gain most by it."""
-    prompts = {pair.query or pair.texts[0]: pair.prompt for pair in pairs}
+    prompts = {pair.query: pair.prompt for pair in pairs}
     gains = []
     for source, tries, own in zip(sources, found, bar, strict=True):
         for one in sorted(tries, key=lambda one: -one.score)[:KEPT]:

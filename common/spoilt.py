@@ -218,7 +218,7 @@ def derived_pairs(pairs: Pairs, most: int, without: list[str], seed: int, epoch:
 def source_of(pair: Preference, pairs: Pairs, rng: random.Random) -> Source:
     """The chosen text, beside another chosen text that does not fit its query."""
     wanted = rng.choices(["other_occasion", "other_person"], [2, 1])[0]
-    return Source(pair.query or pair.texts[0], pair.texts[1].strip(), other_greeting(wanted, pair, pairs, rng))
+    return Source(pair.query, pair.texts[1].strip(), other_greeting(wanted, pair, pairs, rng))
 
 
 def other_greeting(kind: str, pair: Preference, pairs: Pairs, rng: random.Random) -> str:
@@ -226,10 +226,10 @@ def other_greeting(kind: str, pair: Preference, pairs: Pairs, rng: random.Random
 
     "" where the query names no occasion or person, and where none of 100 greetings will do.
     """
-    query = pair.query or pair.texts[0]
+    query = pair.query
     occasions = occasions_in(query)
     for other in rng.sample(pairs, min(len(pairs), 100)):
-        theirs, greeting = occasions_in(other.query or other.texts[0]), other.texts[1]
+        theirs, greeting = occasions_in(other.query), other.texts[1]
         elsewhere = occasions and theirs and theirs.isdisjoint(lexicon.kindred(*occasions))
         misfit = elsewhere if kind == "other_occasion" else not elsewhere and names_others(query, greeting)
         if misfit:
