@@ -4,11 +4,11 @@
     python bench/likelihood.py MODEL [--out outputs/likelihood.jsonl]
     python bench/likelihood.py MODEL --rollouts outputs/run/rollouts_rm.jsonl --every 2
 
-Scores every reading (kept in --out, so that another call goes on from it) and prints, by writer and for the half of the
-queries that common/likelihood.LIKELY was chosen on ("first") and the other: the AUC of the score, of all texts and of
-those without a sign of a spoilt text, beside that of text length; what is accepted at several thresholds, and how much
-of that the reader shares. With --rollouts it scores some steps of a GRPO run instead; intervals are over queries. On a
-CPU without instructions for bf16 a model of 1.5B takes two seconds or so for a text.
+Scores every reading (kept in --out, so that another call goes on from it) and prints, by writer and for two halves of
+the queries, by a hash of their words: the AUC of the score, of all texts and of those without a sign of a spoilt text,
+beside that of text length; what is accepted at several thresholds, and how much of that the reader shares. With
+--rollouts it scores some steps of a GRPO run instead; intervals are over queries. On a CPU without instructions for
+bf16 a model of 1.5B takes two seconds or so for a text.
 """
 
 import argparse
@@ -51,9 +51,10 @@ def by_step(args: argparse.Namespace) -> None:
     for row in records.read_lines(args.rollouts):
         steps.setdefault(row["step"], []).append(row)
     print("| step | likelihood | reward | n |\n|---|---|---|---|")
-    for step in sorted(steps)[:: args.every]:
+    chosen = sorted(steps)[:: args.every]
+    add_likelihoods(model_folder(args.model), PROMPTS, [row for step in chosen for row in steps[step]], args.out)
+    for step in chosen:
         rows = steps[step]
-        add_likelihoods(model_folder(args.model), PROMPTS, rows, args.out)
         groups: dict[str, list[float]] = {}  # the texts of one query are alike
         for row in rows:
             groups.setdefault(row["query"], []).append(row["likelihood"])
@@ -61,7 +62,7 @@ def by_step(args: argparse.Namespace) -> None:
         rewards = [row["reward"] for row in rows if row["reward"] is not None]
         reward = f"{sum(rewards) / len(rewards):.2f}" if rewards else "-"
         likelihood = f"{mean['value']:.2f} [{mean['lo']:.2f}, {mean['hi']:.2f}]"
-        print(f"| {step} | {likelihood} | {reward} | {len(rows)} |", flush=True)
+        print(f"| {step} | {likelihood} | {reward} | {len(rows)} |")
 
 
 def main() -> None:

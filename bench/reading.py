@@ -39,8 +39,8 @@ def main() -> None:
 
     groups: dict[str, list[dict]] = {}
     for name in POLICIES:
-        groups[name] = stats.where(rows, "policy", name)
-    groups = {name: own for name, own in groups.items() if own}
+        if own := stats.where(rows, "policy", name):
+            groups[name] = own
 
     print(f"| policy | reader accepts | grade | {' | '.join(WEIGHTS)} | a sign of a spoilt text | n |")
     print(f"|---|---|---|{'---|' * len(WEIGHTS)}---|---|")

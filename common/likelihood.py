@@ -15,7 +15,7 @@ from common.prompts import conversation, prompt_hashes
 from common.run_folder import slow_bar
 from common.signs import signs
 
-LIKELY = -1.4  # nats per token; chosen on half of data/readings.jsonl (bench/likelihood.py)
+LIKELY = -1.4  # nats per token; chosen on data/readings.jsonl, see bench/README.md
 BATCH, TYPICAL = 16, 128  # conversations in one pass, of so many tokens; of longer ones fewer
 
 

@@ -19,7 +19,7 @@ from common.texts import diversity, runs_of_12, similarity
 SCORES = ["excellent", "judge", "agents", "reward_model", "likely"]  # columns of a scored greeting
 # (after, before): the differences between our own policies that the report shows.
 STEPS = [("sft", "base"), ("grpo_rm", "sft"), ("grpo_judge", "sft"), ("grpo_judge", "grpo_rm")]
-STEPS.append(("grpo_likelihood", "sft"))
+STEPS += [("grpo_likelihood", "sft")]
 
 
 class Scored(NamedTuple):

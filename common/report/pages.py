@@ -40,7 +40,7 @@ def write_pages(args: argparse.Namespace, figures: dict, rows: list[dict], ratin
     agents_model = endpoint_name(args)[0]
     grader = args.eval_model or (args.model if args.eval_base_url else agents_model)  # of rubric and comparisons
     slots = {"figures": figures, "offline": args.offline, "run": args.run, "model": agents_model, "judge_model": grader}
-    slots["tiny"] = Path(args.policy or "").parent.name == "tiny"  # --offline, without a --policy
+    slots["tiny"] = Path(args.policy or "").parent == run_folder.ROOT / "outputs/tiny"
     slots |= {"weights": WEIGHTS, "excellent": EXCELLENT, "complete": COMPLETE, "near": NEAR}
     slots |= {"units": UNITS, "routes": ROUTES, "rm": run_folder.read_summary(args.run, "02_summary")}
     slots["principles"] = run_folder.read_summary(args.run, "03_summary").get("principles", [])
