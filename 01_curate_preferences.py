@@ -30,6 +30,7 @@ from common.endpoint import add_endpoint_flags, endpoint_name
 from common.engine import Writer, add_engine_flag, choose_engine
 from common.failures import what_next
 from common.greetings import write_greetings
+from common.likelihood import label_best
 from common.policy import add_policy_flags, find_policy, model_folder, policy_path, silence_libraries
 from common.prompts import conversation, prompt_hashes
 from common.records import Candidate, Demonstration, Judgement, Preference, Query, Reference
@@ -61,6 +62,8 @@ def parse_args() -> argparse.Namespace:
     add("--no-retrieval", action="store_true", help="ablation: no references shown")
     add("--no-debate", action="store_true", help="ablation: the Judge hears no debate")
     add("--no-reflect", action="store_true", help="ablation: the Judge's verdict stands")
+    labels = "likelihood: the likeliest text of each query is accepted, and the agents are not asked (%(default)s)"
+    add("--labels", choices=("agents", "likelihood"), default="agents", help=labels)
     add = parser.add_argument_group("pairs").add_argument
     add("--uses", type=run_folder.positive, default=2, help="pairs that one candidate may be in (%(default)s)")
     add_policy_flags(parser)
@@ -68,6 +71,8 @@ def parse_args() -> argparse.Namespace:
     add_endpoint_flags(parser)
     run_folder.add_run_flags(parser)
     args = run_folder.parse(parser, OFFLINE)
+    if args.labels == "likelihood" and not args.likelihood:
+        run_folder.fail("--labels likelihood takes a language model: --likelihood Qwen/Qwen2.5-1.5B-Instruct, say")
     if args.samples:
         choose_engine(args)
     elif not args.candidates:
@@ -80,7 +85,8 @@ def write_candidates(args: argparse.Namespace, queries: list[Query], policies: l
 
     A label that a file gives a candidate is kept as `given_label`, to compare the agents with.
     """
-    Client.probe(args, "01")  # greetings that nobody can judge are not worth the sampling
+    if args.labels == "agents":
+        Client.probe(args, "01")  # greetings that nobody can judge are not worth the sampling
     with records.Appender(args.run / "candidates.jsonl") as append:
         for file in args.candidates:
             for row in records.stream(file, Candidate, unique=False):
@@ -139,14 +145,18 @@ def screen(args: argparse.Namespace, references: list[Reference]) -> dict[str, s
     return screened_out
 
 
-def judge_candidates(args: argparse.Namespace, references: list[Reference], screened_out: dict[str, str]) -> float:
-    """Write judgements.jsonl, or the rest of it, a line as each verdict comes; returns the seconds it took."""
+def judge_candidates(args: argparse.Namespace, references: list[Reference], screened_out: dict[str, str]) -> None:
+    """Write judgements.jsonl, or the rest of it, a line as each verdict comes."""
     from tqdm import tqdm
 
     path, candidates = args.run / "judgements.jsonl", args.run / "candidates.jsonl"
+    if args.labels == "likelihood":
+        judgements = [one for one in records.stream(candidates, Judgement) if one.id not in screened_out]
+        label_best(args.likelihood, args.prompts, judgements, args.run / "likelihood.jsonl")
+        records.write(path, judgements)
+        return
     # What failed in an earlier call is dropped, so that it is asked for again.
-    with records.Appender(path):  # opening it drops the torn line that a kill may have left
-        pass
+    records.Appender(path).file.close()  # opening it drops the torn line that a kill may have left
     if path.stat().st_size and any(record.error for record in records.stream(path, Judgement)):
         records.write(path, (record for record in records.stream(path, Judgement) if not record.error))
 
@@ -160,7 +170,6 @@ def judge_candidates(args: argparse.Namespace, references: list[Reference], scre
             retrieval = Retrieval(references, args.examples, args.embedding_model)
             retrieval.look_up(list(queries))
         agents = {"debate": not args.no_debate, "reflect": not args.no_reflect}
-        started = time.time()
         bar = tqdm(total=queries.total(), desc="judgements", unit="greeting")
 
         async def worker(client: Client) -> None:
@@ -176,7 +185,6 @@ def judge_candidates(args: argparse.Namespace, references: list[Reference], scre
 
         with bar:
             asyncio.run(judge_all())
-    return round(time.time() - started, 2)
 
 
 # ---- rejection sampling: pairs and demonstrations -------------------------------------------------------------------
@@ -228,10 +236,9 @@ def choose_pairs(judged: list[Judged], uses: int) -> tuple[list[Pair], list[Pair
     while pair := next_pair(equal, times_used, uses):
         chosen.append(pair)
     # One of each in turn, until one kind runs out: that is what keeps length out of the file.
-    while longer := next_pair(longer_chosen, times_used, uses):
-        shorter = next_pair(shorter_chosen, times_used, uses)
-        if shorter is None:
-            break
+    while (longer := next_pair(longer_chosen, times_used, uses)) and (
+        shorter := next_pair(shorter_chosen, times_used, uses)
+    ):
         chosen += [longer, shorter]
     return chosen, possible
 
@@ -346,17 +353,19 @@ def main(args: argparse.Namespace) -> int:
     if not sampling.done:
         write_candidates(args, queries, policies)
         sampling.finish()
-    seconds = {"sample": round(time.time() - started, 2), "judge": 0.0}
+    sampled = time.time()
 
     # 2. Judgements.
-    roles = roles_asked(debate=not args.no_debate, reflect=not args.no_reflect)
-    settings = run_folder.settings(args, "screening", "agents")
+    by_agents = args.labels == "agents"
+    roles = roles_asked(debate=not args.no_debate, reflect=not args.no_reflect) if by_agents else ["policy"]
+    settings = run_folder.settings(args, "screening", "agents", *["likelihood"] * (not by_agents))
     settings["endpoint"], settings["prompts"] = endpoint_name(args), prompt_hashes(roles, args.prompts)
     settings["candidates"] = run_folder.file_hash(args.run / "candidates.jsonl")
     judging = run_folder.Stage(args.run, "01_judgements", ["judgements.jsonl"], settings, args.redo)
     screened_out = screen(args, references)
     if not judging.done:
-        seconds["judge"] = judge_candidates(args, references, screened_out)
+        judge_candidates(args, references, screened_out)
+    seconds = {"sample": round(sampled - started, 2), "judge": round(time.time() - sampled, 2)}
 
     # 3. Pairs and demonstrations, made again whenever they could differ: what they are made from is kept.
     settings = run_folder.settings(args, "pairs")

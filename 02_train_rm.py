@@ -164,10 +164,7 @@ def as_dataset(pairs: Pairs):
 def train(
     args: argparse.Namespace, pairs: Pairs, passes: float, stop: Pairs, base: str, into: str, start: Path | None = None
 ) -> list[dict]:
-    """Train and save rm/, from the last checkpoint in `into` if there is one, else from `start`, an adapter, if given.
-
-    Returns the trainer's log.
-    """
+    """Train and save rm/, from the last checkpoint in `into` or from an adapter, `start`; returns the trainer's log."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification, EarlyStoppingCallback

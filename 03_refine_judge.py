@@ -100,10 +100,7 @@ class Agents:
 
 
 def figures_of(rows: list[dict], verdicts: list[int | None]) -> dict:
-    """Agreement with the labels of the rows, and `false_accept`: how often an attack of the bank is accepted.
-
-    `verdicts` are those on the rows, followed by those on the bank.
-    """
+    """Agreement with the rows' labels, and how often the bank is accepted; `verdicts` on the rows, then on the bank."""
     figures = stats.agreement(stats.column(rows, "label"), verdicts[: len(rows)], stats.column(rows, "query"))
     bank = verdicts[len(rows) :]
     return figures | {"false_accept": stats.rate(bank.count(1), len(bank) - bank.count(None))}

@@ -90,10 +90,7 @@ def parse_args() -> argparse.Namespace:
 async def open_clients(
     args: argparse.Namespace, policies: list[Policy], stack: AsyncExitStack
 ) -> tuple[Client, Client, dict[str, Client]]:
-    """The clients, connected: of the agents, of rubric and comparisons, and of each policy behind an endpoint.
-
-    All of them share one ledger and one budget.
-    """
+    """Clients of the agents, of rubric and comparisons, of policies behind endpoints: connected, with one budget."""
     agents = rubric = Client(args, "05")
     if args.eval_model or args.eval_base_url or args.eval_api_key_env:
         model, url = args.eval_model or args.model, args.eval_base_url or args.base_url

@@ -2,9 +2,11 @@
 
     python bench/gap.py                  # vLLM; on a GPU the random 7B model of bench/memory.py, else the tiny model
     python bench/gap.py --row sleep      # one row of bf16, fp32, sleep; the table has those that were made so far
+    python bench/gap.py --policy DIR --bits 16 --frozen    # this model, in bf16 whatever the machine, and no updates
 
 Each row is a run of step 4 in a process of its own: four steps from an SFT adapter, with the rule-based critic as the
-judge. On a CPU an engine does not sleep, so that row is left out.
+judge. On a CPU an engine does not sleep, so that row is left out. A CPU without instructions for bf16 passes forwards
+in it slowly and backwards next to never: --frozen computes in bf16 there too, on fewer rollouts, and learns nothing.
 """
 
 import argparse
@@ -21,9 +23,26 @@ from bench.memory import copy_of, random_model, write_data
 from common.offline.tiny_model import tiny_policy
 
 GAP, RATIO = "sampling/sampling_logp_difference", "sampling/importance_sampling_ratio"
+FEW = ["--queries-per-step", 4, "--mini-batch", 4]
 SMALL = ["--queries-per-step", 16, "--mini-batch", 16, "--samples", 4, "--micro-batch", 8, "--learning-rate", 1e-4]
 ROWS = {"bf16": "heads in bf16", "fp32": "heads in fp32", "sleep": "heads in fp32, with --sleep"}
 FIGURES = (f"{GAP}/mean", f"{GAP}/max", f"{RATIO}/mean", "seconds/sync", "step_time")
+
+
+def learn_nothing_in_bf16() -> None:
+    """From here on an update is its rollouts and their log-probabilities alone, and models compute in bf16."""
+    import torch
+    import trl
+
+    from common import policy, trainers
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self._prepare_inputs(inputs)
+        self._step += 1
+        return torch.zeros((), device=self.accelerator.device)
+
+    policy.multiplies_in_bf16 = trainers.multiplies_in_bf16 = lambda: True
+    trl.GRPOTrainer.training_step = training_step
 
 
 def step_4_with(heads: str) -> int:
@@ -31,6 +50,10 @@ def step_4_with(heads: str) -> int:
     import trl
 
     from common import engine as room
+
+    if "--frozen" in sys.argv:
+        sys.argv.remove("--frozen")
+        learn_nothing_in_bf16()
 
     sys.argv.pop(1)
     grpo, class_as_is, config_as_is = importlib.import_module("04_grpo"), room.engine_class, trl.GRPOConfig
@@ -64,6 +87,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "outputs/bench_gpu")
     parser.add_argument("--row", choices=ROWS, help="this one alone")
     parser.add_argument("--policy", type=Path, help="a folder with a model, instead")
+    parser.add_argument("--bits", type=int, choices=(4, 16), default=4, help="of the policy (%(default)s)")
+    parser.add_argument("--frozen", action="store_true", help="compute in bf16 anywhere, and learn nothing")
     args = parser.parse_args()
     import torch
 
@@ -79,10 +104,12 @@ def main() -> None:
     write_data(folder, 40)
     version = {"principles": ["读来通顺。"], "accepted": True, "version": 0}
     (folder / "principles.jsonl").write_text(json.dumps(version, ensure_ascii=False) + "\n", encoding="utf-8")
-    common = ["--offline", "--policy", policy, "--bits", 4]
-    run("04_grpo.py", "--reward", "none", "--sft-epochs", 0.2, "--run", folder, *common)  # once
+    common = ["--offline", "--policy", policy, "--bits", args.bits]
+    gentle = ["--sft-learning-rate", 1e-4]  # the tiny model's rate would break a pretrained one
+    run("04_grpo.py", "--reward", "none", "--sft-epochs", 0.2, *gentle, "--run", folder, *common)  # once
     flags = ["--reward", "judge", "--engine", "vllm", "--watch-every", 0, "--steps", 4, *SMALL]
     flags += ["--max-tokens", length, "--queries", folder / "queries.jsonl", "--max-gap", 9]
+    flags += [*FEW, "--frozen"] if args.frozen else []
 
     path, machine = args.out / "gap.json", torch.cuda.get_device_name() if gpu else "CPU"
     report = json.loads(path.read_text()) if path.is_file() else {}
@@ -100,7 +127,8 @@ def main() -> None:
             values = [step[name] for step in steps[1:] if name in step]  # the first step compiles kernels
             report[row][name] = sum(values) / len(values)
         path.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"{machine}, {policy.name}, 4 bits, completions of at most {length} tokens, after the first of four steps\n")
+    model = f"{machine}, {policy.name}, {args.bits} bits"
+    print(f"{model}, completions of at most {length} tokens, after the first of four steps\n")
     print("| run | gap, mean | gap, largest token | importance ratio, mean | sync, s | step, s |")
     print("|---|---|---|---|---|---|")
     for row, title in ROWS.items():

@@ -110,10 +110,7 @@ def constraints_in(query: str) -> dict[str, tuple]:
 
 
 def broken(query: str, text: str) -> str:
-    """The first constraint of the query that the text breaks, in the query's words; "" if it keeps all, or has none.
-
-    A text without a letter keeps none.
-    """
+    """The first constraint that the text breaks, in the query's words, or "". A text without a letter keeps none."""
     for words, (broken_by, known) in constraints_in(query).items():
         if not clauses(text) or broken_by(known, text):
             return words

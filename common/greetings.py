@@ -183,10 +183,7 @@ async def greet(
     keep: Callable[[Greeting], None],
     failures: Counter,
 ) -> None:
-    """Fill in each slot's `response` and `keep` it; the writer is a policy's endpoint, where it has one.
-
-    What an endpoint fails to answer is counted in `failures`, and is not kept.
-    """
+    """Fill in each slot's `response` and `keep` it; what a policy's endpoint fails to answer is counted, not kept."""
     if policy.api:
 
         async def ask(slot: Greeting) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from common import records
 from common.policy import load_policy
 from common.prompts import conversation, prompt_hashes
+from common.records import Judgement
 from common.run_folder import slow_bar
 from common.signs import signs
 
@@ -53,6 +54,10 @@ class LanguageModel:
         """log p(text and the end of its turn | query) / tokens, for each row. An empty text has its end alone."""
         scores = dict(self.scored(rows, batch_size))
         return [scores[number] for number in range(len(rows))]
+
+    def worths(self, rows: list[tuple[str, str]]) -> list[float]:
+        """What each row is `worth`."""
+        return [worth(*row, score) for row, score in zip(rows, self.score(rows), strict=True)]
 
     def scored(self, rows: list[tuple[str, str]], batch_size: int = BATCH) -> Iterator[tuple[int, float]]:
         """The same, as it is computed, the longest first: (number of the row, score)."""
@@ -114,3 +119,21 @@ def add_likelihoods(path: str, prompts: Path, rows: list[dict], kept: Path) -> N
     for row, one in zip(rows, asked, strict=True):
         score = row["likelihood"] = scores[one.id]
         row["likely"] = None if score is None else int(worth(row["query"], row["response"], score) == 1)
+
+
+def label_best(path: str, prompts: Path, judgements: list[Judgement], kept: Path) -> None:
+    """Label the likeliest of each query's texts 1, if it is worth anything, and the others 0: without the agents."""
+    rows = [{"query": one.query, "response": one.response} for one in judgements]
+    add_likelihoods(path, prompts, rows, kept)
+    best: dict[str, tuple[float, Judgement]] = {}  # query -> (worth, its best so far)
+    for one, row in zip(judgements, rows, strict=True):
+        one.model, score = path, row["likelihood"]
+        if score is None:
+            one.error = "the likelihood is no number"
+            continue
+        one.label, one.judge = 0, {"reason": f"{score:.2f} nats per token", "verdict": 0}
+        value = worth(one.query, one.response, score)
+        if value > (best[one.query][0] if one.query in best else 0.0):
+            best[one.query] = value, one
+    for _, one in best.values():
+        one.label = one.judge["verdict"] = 1

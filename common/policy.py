@@ -23,7 +23,7 @@ def add_policy_flags(parser: argparse.ArgumentParser) -> None:
     add("--bits", type=int, choices=(4, 16), default=4, help="weights of the base: NF4 or bf16 (%(default)s)")
     add("--batch-size-generate", type=positive, default=64, help="sequences generated at once (%(default)s)")
     add = parser.add_argument_group("likelihood").add_argument
-    add("--likelihood", metavar="MODEL", help="of 04 and 05: a language model that tells how likely a text is")
+    add("--likelihood", metavar="MODEL", help="a language model that tells 01, 04 and 05 how likely a text is")
 
 
 def policy_path(args: argparse.Namespace) -> str:
@@ -212,10 +212,7 @@ def save_adapter(model, folder: Path) -> None:
 
 
 def lora(rank: int, task: str, **options):
-    """A LoRA configuration for every linear layer, without dropout (Schulman et al. 2025, "LoRA Without Regret").
-
-    Its alpha is twice the rank.
-    """
+    """LoRA for every linear layer, alpha twice the rank, no dropout (Schulman et al. 2025, "LoRA Without Regret")."""
     from peft import LoraConfig
 
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=task, **options)

@@ -139,10 +139,7 @@ class Rewards:
         return verdicts
 
     async def verdict(self, query: str, text: str) -> Reward:
-        """The judge's verdict on one text: 0 without a question for an empty one, and for one that breaks a constraint.
-
-        None where the judge gave no usable answer.
-        """
+        """The judge's verdict, None if unusable; 0 without a question if the text is empty or breaks a constraint."""
         if not text.strip():
             return 0.0, "empty"
         words = broken(query, text) if self.args.constraints else ""

@@ -179,8 +179,6 @@ def draw(
 ) -> tuple[str, tuple[str, ...]]:
     """(a spoilt text, the names of the one or two kinds that made it), or ("", ()) where none of TRIES can spoil it.
 
-    Training draws what is meant for it alone.
-
     A family first, then a kind of it, so that families with many kinds do not crowd out the others.
     """
     text, names = "", []

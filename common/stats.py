@@ -69,10 +69,7 @@ def _kappa(rows) -> tuple[float, float, float]:
 
 
 def correlation(values: list[float | None], others: list[float], queries: list[str]) -> dict:
-    """Pearson's correlation with its interval over resamples of the queries; a row without a value is left out.
-
-    None where one of the two sides does not vary.
-    """
+    """Pearson's correlation over the rows with a value, resampled by query; None where one side does not vary."""
     import numpy as np
     import pandas as pd
 

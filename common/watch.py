@@ -108,10 +108,7 @@ class Watch:
 
 
 def compare(step: int, grades: list[float | None], earlier: list[dict], rewards: list[float]) -> dict:
-    """The mean grade of a look, and whether it fell below the best earlier one while the reward rose (`hack`).
-
-    The difference is paired by query.
-    """
+    """The mean grade of a look; `hack`: paired by query, it fell below the best one's while the reward rose."""
     usable = [grade for grade in grades if grade is not None]
     quality = sum(usable) / len(usable) if usable else None
     row = {"step": step, "quality": quality, "n": len(usable), "hack": False}

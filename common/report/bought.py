@@ -13,7 +13,7 @@ from common import records, run_folder, stats
 from common.answers import Unusable
 from common.client import Client, gather_all, gather_or_unusable
 from common.judge import EXCELLENT, grade_greeting, judge_greeting
-from common.likelihood import LanguageModel, worth
+from common.likelihood import LanguageModel
 from common.reward_model import RewardModel
 from common.search import Try, bought, families_of, search, search_scores, sources_of
 from common.spoilt import Source
@@ -62,10 +62,7 @@ async def search_judges(
 def search_the_others(
     args: argparse.Namespace, base: str, labelled: list[dict], sources: list[Source]
 ) -> dict[str, Found]:
-    """The same of the reward model, if there is one, and of both null baselines, whose bar is a greeting's own score.
-
-    And of the language model that --likelihood names, which is bought as a judge is.
-    """
+    """The same of the reward model and both null baselines, by their scores, and of --likelihood, as of a judge."""
     seen = [row for row in labelled if row["part"] != "test"]
     ngrams = stats.ngram_classifier(stats.column(seen, "response"), stats.column(seen, "label"))
     evaluators: dict[str, Callable] = {
@@ -80,12 +77,7 @@ def search_the_others(
     for name, score in evaluators.items():
         found[name] = search_scores(score, sources, args.seed)
     if args.likelihood:
-        model = LanguageModel(args.likelihood, args.prompts)
-
-        def worths(rows: list[tuple[str, str]]) -> list[float]:
-            return [worth(*row, score) for row, score in zip(rows, model.score(rows), strict=True)]
-
-        tried, _ = search_scores(worths, sources, args.seed)
+        tried, _ = search_scores(LanguageModel(args.likelihood, args.prompts).worths, sources, args.seed)
         found["likelihood"] = tried, [math.nextafter(1.0, 0.0)] * len(sources)  # bought with what it accepts
     return found
 
