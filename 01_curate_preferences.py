@@ -3,7 +3,8 @@
 For each query  the policy writes --samples candidates                                                    (greetings.py)
                 duplicates and copies of references are screened out
                 five agents judge the rest: Retrieval finds references, Positive and Negative argue,      (debate.py)
-                Judge accepts only what is good throughout, Reflect overturns that on clear grounds
+                Judge accepts only what is good throughout, Reflect overturns that on clear grounds;
+                with --labels likelihood none is asked, and the likeliest text is accepted            (likelihood.py)
                 accepted and rejected candidates become (chosen, rejected) pairs, the best accepted one a row for SFT
 
 Reads   queries, references, further candidates (--candidates, any JSONL of {query, response})
@@ -19,7 +20,7 @@ import asyncio
 import itertools
 import sys
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,12 +31,13 @@ from common.endpoint import add_endpoint_flags, endpoint_name
 from common.engine import Writer, add_engine_flag, choose_engine
 from common.failures import what_next
 from common.greetings import write_greetings
+from common.lexicon import LEXICON_FILE
 from common.likelihood import label_best
-from common.policy import add_policy_flags, find_policy, model_folder, policy_path, silence_libraries
+from common.policy import add_policy_flags, find_policy, load_tokenizer, model_folder, policy_path, silence_libraries
 from common.prompts import conversation, prompt_hashes
 from common.records import Candidate, Demonstration, Judgement, Preference, Query, Reference
 from common.store import open_store
-from common.texts import ngrams, similarity
+from common.texts import screen
 
 # The tiny model's greetings are short, at temperature 1 seldom good, and recited: it has seen only the references.
 OFFLINE = {"bits": 16, "samples": 7, "temperature": [0.7], "max_tokens": 48, "batch_size_generate": 256, "engine": "hf"}
@@ -62,7 +64,8 @@ def parse_args() -> argparse.Namespace:
     add("--no-retrieval", action="store_true", help="ablation: no references shown")
     add("--no-debate", action="store_true", help="ablation: the Judge hears no debate")
     add("--no-reflect", action="store_true", help="ablation: the Judge's verdict stands")
-    labels = "likelihood: the likeliest text of each query is accepted, and the agents are not asked (%(default)s)"
+    add = parser.add_argument_group("labels").add_argument
+    labels = "likelihood: accept the likeliest text of each query, without asking the agents (%(default)s)"
     add("--labels", choices=("agents", "likelihood"), default="agents", help=labels)
     add = parser.add_argument_group("pairs").add_argument
     add("--uses", type=run_folder.positive, default=2, help="pairs that one candidate may be in (%(default)s)")
@@ -71,8 +74,11 @@ def parse_args() -> argparse.Namespace:
     add_endpoint_flags(parser)
     run_folder.add_run_flags(parser)
     args = run_folder.parse(parser, OFFLINE)
-    if args.labels == "likelihood" and not args.likelihood:
-        run_folder.fail("--labels likelihood takes a language model: --likelihood Qwen/Qwen2.5-1.5B-Instruct, say")
+    if args.labels == "likelihood":
+        if not args.likelihood:
+            run_folder.fail("--labels likelihood takes a language model: --likelihood Qwen/Qwen2.5-1.5B-Instruct, say")
+        args.likelihood = model_folder(args.likelihood)
+        load_tokenizer(args.likelihood)  # what is wrong with it shows in a second
     if args.samples:
         choose_engine(args)
     elif not args.candidates:
@@ -81,10 +87,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def write_candidates(args: argparse.Namespace, queries: list[Query], policies: list[str]) -> None:
-    """Write candidates.jsonl, or the rest of it: --candidates, and --samples greetings by each policy.
-
-    A label that a file gives a candidate is kept as `given_label`, to compare the agents with.
-    """
+    """Write candidates.jsonl, or the rest of it; a label that a file has is kept as `given_label`, to compare with."""
     if args.labels == "agents":
         Client.probe(args, "01")  # greetings that nobody can judge are not worth the sampling
     with records.Appender(args.run / "candidates.jsonl") as append:
@@ -118,43 +121,20 @@ def sample_from(args: argparse.Namespace, policy: str, queries: list[Query], app
         for (key, query), text in zip(slots, texts, strict=True):
             names = {"id": key, "query_id": query.id, "source": Path(policy).name}
             append(Candidate(**names, query=query.query, response=text, temperature=temperature))
+    writer.close()  # another base, or the model of --likelihood, needs the memory
 
 
-def screen(args: argparse.Namespace, references: list[Reference]) -> dict[str, str]:
-    """Candidates that are not worth a judgement: {id: "duplicate", "near-duplicate" or "copies a reference"}."""
-    # 6-grams of characters are looked up, because comparing texts would take candidates x references.
-    holders: dict[str, list[int]] = {}  # 6-gram -> numbers of the references that contain it
-    for number, reference in enumerate(references if args.max_copied < 1 else []):
-        for gram in set(ngrams(reference.response, 6)):
-            holders.setdefault(gram, []).append(number)
-
-    screened_out, texts_of_query = {}, defaultdict(list)
-    for candidate in records.stream(args.run / "candidates.jsonl", Candidate):
-        text = candidate.response
-        earlier = texts_of_query[candidate.query]
-        grams = set(ngrams(text, 6))
-        shared = Counter(number for gram in grams for number in holders.get(gram, []))  # reference -> 6-grams in common
-        if text in earlier:
-            screened_out[candidate.id] = "duplicate"
-        elif args.max_similar < 1 and any(similarity(text, other) > args.max_similar for other in earlier):
-            screened_out[candidate.id] = "near-duplicate"
-        elif shared and max(shared.values()) > args.max_copied * len(grams):
-            screened_out[candidate.id] = "copies a reference"
-        else:
-            earlier.append(text)
-    return screened_out
-
-
-def judge_candidates(args: argparse.Namespace, references: list[Reference], screened_out: dict[str, str]) -> None:
-    """Write judgements.jsonl, or the rest of it, a line as each verdict comes."""
+def judge_candidates(args: argparse.Namespace, references: list[Reference], screened_out: dict[str, str]) -> float:
+    """Write judgements.jsonl, or the rest of it, a line as each verdict comes; returns the seconds it took."""
     from tqdm import tqdm
 
     path, candidates = args.run / "judgements.jsonl", args.run / "candidates.jsonl"
+    started = time.time()
     if args.labels == "likelihood":
         judgements = [one for one in records.stream(candidates, Judgement) if one.id not in screened_out]
         label_best(args.likelihood, args.prompts, judgements, args.run / "likelihood.jsonl")
         records.write(path, judgements)
-        return
+        return round(time.time() - started, 2)
     # What failed in an earlier call is dropped, so that it is asked for again.
     records.Appender(path).file.close()  # opening it drops the torn line that a kill may have left
     if path.stat().st_size and any(record.error for record in records.stream(path, Judgement)):
@@ -170,6 +150,7 @@ def judge_candidates(args: argparse.Namespace, references: list[Reference], scre
             retrieval = Retrieval(references, args.examples, args.embedding_model)
             retrieval.look_up(list(queries))
         agents = {"debate": not args.no_debate, "reflect": not args.no_reflect}
+        started = time.time()
         bar = tqdm(total=queries.total(), desc="judgements", unit="greeting")
 
         async def worker(client: Client) -> None:
@@ -185,6 +166,7 @@ def judge_candidates(args: argparse.Namespace, references: list[Reference], scre
 
         with bar:
             asyncio.run(judge_all())
+    return round(time.time() - started, 2)
 
 
 # ---- rejection sampling: pairs and demonstrations -------------------------------------------------------------------
@@ -353,19 +335,22 @@ def main(args: argparse.Namespace) -> int:
     if not sampling.done:
         write_candidates(args, queries, policies)
         sampling.finish()
-    sampled = time.time()
+    seconds = {"sample": round(time.time() - started, 2), "judge": 0.0}
 
     # 2. Judgements.
-    by_agents = args.labels == "agents"
-    roles = roles_asked(debate=not args.no_debate, reflect=not args.no_reflect) if by_agents else ["policy"]
-    settings = run_folder.settings(args, "screening", "agents", *["likelihood"] * (not by_agents))
-    settings["endpoint"], settings["prompts"] = endpoint_name(args), prompt_hashes(roles, args.prompts)
+    if args.labels == "agents":
+        roles = roles_asked(debate=not args.no_debate, reflect=not args.no_reflect)
+        settings = run_folder.settings(args, "screening", "agents") | {"endpoint": endpoint_name(args)}
+    else:
+        roles, settings = ["policy"], run_folder.settings(args, "screening", "labels", "likelihood")
+        settings |= {"references": run_folder.file_hash(args.references), "signs": run_folder.file_hash(LEXICON_FILE)}
+    settings["prompts"] = prompt_hashes(roles, args.prompts)
     settings["candidates"] = run_folder.file_hash(args.run / "candidates.jsonl")
     judging = run_folder.Stage(args.run, "01_judgements", ["judgements.jsonl"], settings, args.redo)
-    screened_out = screen(args, references)
+    candidates = records.stream(args.run / "candidates.jsonl", Candidate)
+    screened_out = screen(candidates, args.max_similar, references if args.max_copied < 1 else [], args.max_copied)
     if not judging.done:
-        judge_candidates(args, references, screened_out)
-    seconds = {"sample": round(sampled - started, 2), "judge": round(time.time() - sampled, 2)}
+        seconds["judge"] = judge_candidates(args, references, screened_out)
 
     # 3. Pairs and demonstrations, made again whenever they could differ: what they are made from is kept.
     settings = run_folder.settings(args, "pairs")

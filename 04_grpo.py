@@ -1,6 +1,6 @@
-"""Step 4: teach the policy. SFT on the accepted greetings (--reward none), then GRPO with either reward.
+"""Step 4: teach the policy. SFT on the accepted greetings (--reward none), then GRPO with a reward.
 
---reward none   SFT of a LoRA adapter on sft.jsonl, from which both GRPO runs start
+--reward none   SFT of a LoRA adapter on sft.jsonl, from which every GRPO run starts
 --reward rm     A: GRPO on the score of step 2's reward model
 --reward judge  B: GRPO on the verdict, 0 or 1, of the judge under step 3's principles (--graded: its probability)
 --reward likelihood  GRPO on how likely the language model of --likelihood finds the text: no judge is asked
@@ -32,8 +32,8 @@ Writes  policy_sft/, policy_rm/, policy_judge/ or policy_likelihood/, policy_*_b
 Paper   arXiv 2508.21476: 32 queries per step, 4 samples, 512 tokens, mini-batch 16, KL 0.001 (low-variance estimator),
         5 epochs, learning rate 3e-7 for full fine-tuning on 4 GPUs. Departures: QLoRA on one GPU, whose best learning
         rate is about ten times that of full fine-tuning (Schulman et al. 2025, "LoRA Without Regret"): 3e-6.
-        TRL's default loss, "dapo": GRPO's, averaged over the tokens of the step. What a rule finds broken of a query's
-        constraints gets no reward from the judge (--no-constraints as in the paper).
+        TRL's default loss, "dapo": GRPO's, averaged over the tokens of the step. A completion that breaks a constraint
+        of its query gets verdict 0 and the judge is not asked (--no-constraints as in the paper).
 Example python 04_grpo.py --reward judge --offline --run outputs/mine
         python 04_grpo.py --reward judge --plan
 """

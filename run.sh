@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # bash run.sh [flags]       set up .venv and run steps 01 to 05; flags go to every step (--run, --seed, --offline, ...)
+#                           on a GPU with a judge beside them, unless --base-url names one or one answers on port 8000
 # bash run.sh --small [..]  a pretrained model of half a billion parameters, on a CPU or a small GPU
-# bash run.sh --paper [..]  the paper's settings on a GPU, checked first; with the judge, unless --base-url names one
+# bash run.sh --paper [..]  the paper's settings on a GPU, checked first
 # bash run.sh --check [..]  only the checks before that, and the hours and money it would take
 # bash run.sh test [flags]  set up .venv and run the tests; flags go to pytest
 set -euo pipefail
@@ -30,7 +31,7 @@ flag() { # name, default: the value that the command line gives it
   echo "$value"
 }
 
-case " $* " in *" -h "* | *" --help "*) sed -n '2,6s/^# //p' "$0"; exit 0 ;; esac
+case " $* " in *" -h "* | *" --help "*) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 if [ "${1:-}" = test ]; then
   shift
   set_up requirements-dev.txt
@@ -52,6 +53,12 @@ choose() {
   { read -r policy && read -r writing && read -r grpo && read -r judge; } <<<"$lines"
   export JUDGE_MEMORY=${JUDGE_MEMORY:-$judge}
 }
+judge_around() { # one judge for all steps: this script once more, with a server around it, which then answers here
+  [ -z "$(flag --base-url "")" ] || return 0
+  if (exec 3<>/dev/tcp/127.0.0.1/8000) 2>/dev/null; then say "what answers on port 8000 is the judge"; return 0; fi
+  PORT=8000 CONCURRENCY=$(flag --concurrency 64) exec bash tools/with_judge.sh \
+    "$(flag --model Qwen/Qwen2.5-32B-Instruct-AWQ)" bash run.sh "$@"
+}
 
 some() { # every so many-th row of a file of data/, so that all occasions are there
   mkdir -p outputs
@@ -59,12 +66,14 @@ some() { # every so many-th row of a file of data/, so that all occasions are th
   echo "outputs/some_$1.jsonl"
 }
 small() { # what step $1 takes with --small; docs/guide.md says why
-  local writes="--engine hf --max-tokens 48" labels="--samples 3 --labels likelihood"
-  [ -n "$offline" ] || labels="--samples 2 --candidates outputs/some_references.jsonl" # for the agents to judge
+  local writes="--engine hf --max-tokens 48" labels="--samples 3 --labels likelihood" sft="--sft-epochs 2 --sft-learning-rate 1e-4"
+  if [ -z "$offline" ]; then # agents judge references too, from which SFT has to learn more gently than from its own texts
+    labels="--samples 2 --candidates outputs/some_references.jsonl" sft="--sft-epochs 1 --sft-learning-rate 2e-5"
+  fi
   case $1 in
     01*) echo "$writes --queries $(some references 9) --temperature 0.8 --max-copied 1 $labels" ;;
     02*) echo "--epochs 1 --learning-rate 1e-4 --batch-size 8 --accumulation 1 --max-length 256 --derived 1 --checks 2 --stress-size 12" ;;
-    04*) echo "$writes --sft-epochs 2 --sft-learning-rate 1e-4 --sft-batch-size 8 --learning-rate 1e-4 --kl 0.01 --steps 10" \
+    04*) echo "$writes $sft --sft-batch-size 8 --learning-rate 1e-4 --kl 0.01 --steps 10" \
       "--queries-per-step 4 --mini-batch 4 --samples 8 --micro-batch 8 --novelty 0.5 --save-every 1 --watch-every 5 --watch-queries 24" ;;
     05*) echo "$writes --queries $(some queries_heldout 6) --samples 1${offline:+ --search 6}" ;;
   esac
@@ -84,17 +93,15 @@ elif [ -n "$mode" ]; then
   .venv/bin/python tools/check.py "$@"
   [ "$mode" = --paper ] || exit 0
   choose "$@"
-  if [ -z "$(flag --base-url "")" ]; then # one judge for all steps: this script once more, with a server around it
-    PORT=8000 CONCURRENCY=$(flag --concurrency 64) exec bash tools/with_judge.sh \
-      "$(flag --model Qwen/Qwen2.5-32B-Instruct-AWQ)" bash run.sh "$@"
-  fi
+  judge_around "$@"
 elif [[ " $* " == *" --offline "* ]]; then
   say "--offline was given: the tiny model and the rule-based critic, on this machine alone"
   set_up requirements-cpu.txt
 elif [ $needs = requirements.txt ]; then
-  say "NVIDIA GPU found: the paper's settings, with the largest models that fit (add --offline for the tiny default)"
+  say "NVIDIA GPU found: the paper's settings, with the largest models that fit (add --offline for the tiny model)"
   set_up $needs
   choose "$@"
+  judge_around "$@"
 else
   say "no NVIDIA GPU found: --offline, the tiny model and the rule-based critic"
   set_up $needs

@@ -3,7 +3,7 @@
 # bash bench/gpu.sh PART     one of them, in at most 9 minutes
 #
 #   engine   the engine's tests                                    needs vLLM
-#   bf16, fp32, sleep   the gap of engine and trainer, a row each  needs vLLM
+#   bf16, fp32, sleep, original   the gap of engine and trainer, a row each   needs vLLM
 #   memory   the memory of steps 02 and 04 beside the plan, and seconds of a step by phase: random 7B weights
 #   step     an update of step 04 beside TRL's stock trainer
 #   sweep    learning rates: KL to the reference, reward, gap after 20 updates
@@ -44,7 +44,7 @@ run_part() {
         "$code" <"$out/engine.txt" >"$out/engine.json"
       return "$code"
       ;;
-    bf16 | fp32 | sleep) bench bench/gap.py --out "$out" --row "$part" ;;
+    bf16 | fp32 | sleep | original) bench bench/gap.py --out "$out" --row "$part" ;;
     memory) bench bench/memory.py --out "$out" ;;
     step | sweep)
       [ -f bench/step.py ] || { echo "$part: bench/step.py is not here"; return 0; }
@@ -61,6 +61,6 @@ if [ $# -gt 0 ]; then
   run_part "$1"
 else
   failed=""
-  for part in engine bf16 fp32 sleep memory step sweep; do run_part "$part" || failed="$failed $part"; done
+  for part in engine bf16 fp32 sleep original memory step sweep; do run_part "$part" || failed="$failed $part"; done
   [ -z "$failed" ] || { echo "failed:$failed" >&2; exit 1; }
 fi

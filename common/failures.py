@@ -12,7 +12,7 @@ from enum import Enum
 CUT, FILTERED, NO_LOGPROBS = "cut at the token limit", "content filter", "no logprobs of the verdict"
 NOT_JSON, NOT_A_COMPLETION = "not the JSON asked for", "not a chat completion"
 EMPTY, BROKEN_OFF = "empty", "broken off"
-NOBODY_ANSWERS = "nobody answers"
+NOBODY_ANSWERS, NO_NUMBER = "nobody answers", "the likelihood is no number"
 LOADING = ("HTTP 502", "HTTP 503")  # what an endpoint that has answered nothing yet may say while it loads its model
 
 # An empty account, which some report as a rate limit: no wait ends it.
@@ -126,7 +126,7 @@ def reported_error(error) -> Failure:
 
 def what_next(failures: Collection[str]) -> tuple[int, str]:
     """(a script's exit code, what to do) after failures of these reasons, each perhaps preceded by whose it was."""
-    if all(reason.endswith((FILTERED, NO_LOGPROBS, "HTTP 403")) for reason in failures):
+    if all(reason.endswith((FILTERED, NO_LOGPROBS, NO_NUMBER, "HTTP 403")) for reason in failures):
         return 0, "another call would bring the same"
     refused = ", ".join(sorted({reason for reason in failures if re.search("HTTP (400|413|422)$", reason)}))
     if refused:

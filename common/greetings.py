@@ -34,13 +34,17 @@ class Policy(NamedTuple):
 
     @property
     def trained_on(self) -> list[str]:
-        """The evaluators that it was trained on, whose scores are no independent evidence for it.
-
-        Its reward, and the rubric where that has told the reward model what it overrates (02_train_rm.py --hard).
+        """The evaluators that it was trained on, whose scores are no independent evidence for it: its reward, the
+        rubric where that told the reward model what it overrates (02 --hard), likelihood where it made the labels (01).
         """
-        own = [REWARDS[self.adapter.name]] if self.adapter and self.adapter.name in REWARDS else []
-        taught = own == ["reward_model"] and run_folder.read_summary(self.adapter.parent, "02_summary").get("hard")
-        return [*own, "rubric"] if taught else own
+        if not self.adapter:
+            return []
+        own, run = [REWARDS[self.adapter.name]] if self.adapter.name in REWARDS else [], self.adapter.parent
+        if own == ["reward_model"] and run_folder.read_summary(run, "02_summary").get("hard"):
+            own.append("rubric")
+        if run_folder.read_summary(run, "01_summary").get("settings", {}).get("labels") == "likelihood":
+            own.append("likelihood")
+        return sorted(set(own))
 
 
 class Greeting(records.Record):
@@ -98,12 +102,13 @@ def _named_api(text: str) -> tuple[str, tuple[str, str, str]]:
 def present_policies(args: argparse.Namespace, base: str) -> list[Policy]:
     """The policies to compare; one that is missing is named, with the command that makes it, and left out."""
     policies = [Policy("base", base)]
+    wanted = "" if (args.run / OWN["grpo_likelihood"][0]).is_dir() else "judge"  # where none judges, it is in its place
     for name, (folder, reward) in OWN.items():
         adapter = args.run / folder
         if find_policy(adapter)[1] and not run_folder.unfinished(args.run, f"04_{reward}"):
             check_adapter(adapter, base)
             policies.append(Policy(name, base, adapter))
-        elif lacks(args.run, reward):
+        elif reward in ("none", "rm", wanted) or run_folder.unfinished(args.run, f"04_{reward}"):
             command = f"python 04_grpo.py --reward {reward} --run {args.run}"
             print(f"policies: no finished {adapter}; make it with: {command}", file=sys.stderr)
     for name, path in args.policies:
@@ -119,13 +124,6 @@ def present_policies(args: argparse.Namespace, base: str) -> list[Policy]:
         if count > 1:
             run_folder.fail(f"two policies are named {name}; choose another name in --policies or --api")
     return policies
-
-
-def lacks(run: Path, reward: str) -> bool:
-    """Whether a run without this policy lacks something: where no endpoint judges, likelihood is in its place."""
-    if reward == "likelihood":
-        return run_folder.unfinished(run, "04_likelihood")
-    return reward != "judge" or not (run / OWN["grpo_likelihood"][0]).is_dir()
 
 
 def greeting_settings(args: argparse.Namespace, policy: Policy) -> dict:

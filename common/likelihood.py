@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common import records
+from common.failures import NO_NUMBER
 from common.policy import load_policy
 from common.prompts import conversation, prompt_hashes
 from common.records import Judgement
@@ -122,18 +123,18 @@ def add_likelihoods(path: str, prompts: Path, rows: list[dict], kept: Path) -> N
 
 
 def label_best(path: str, prompts: Path, judgements: list[Judgement], kept: Path) -> None:
-    """Label the likeliest of each query's texts 1, if it is worth anything, and the others 0: without the agents."""
+    """Label the likeliest text of each query, of those without a sign of a spoilt text, 1 and the others 0."""
     rows = [{"query": one.query, "response": one.response} for one in judgements]
     add_likelihoods(path, prompts, rows, kept)
-    best: dict[str, tuple[float, Judgement]] = {}  # query -> (worth, its best so far)
+    best: dict[str, tuple[float, Judgement]] = {}  # query -> (score, its best so far)
     for one, row in zip(judgements, rows, strict=True):
         one.model, score = path, row["likelihood"]
         if score is None:
-            one.error = "the likelihood is no number"
+            one.error = NO_NUMBER
             continue
         one.label, one.judge = 0, {"reason": f"{score:.2f} nats per token", "verdict": 0}
-        value = worth(one.query, one.response, score)
-        if value > (best[one.query][0] if one.query in best else 0.0):
-            best[one.query] = value, one
+        beaten = one.query in best and best[one.query][0] >= score
+        if not beaten and not signs(one.query, one.response):
+            best[one.query] = score, one
     for _, one in best.values():
         one.label = one.judge["verdict"] = 1

@@ -23,14 +23,15 @@ def add_policy_flags(parser: argparse.ArgumentParser) -> None:
     add("--bits", type=int, choices=(4, 16), default=4, help="weights of the base: NF4 or bf16 (%(default)s)")
     add("--batch-size-generate", type=positive, default=64, help="sequences generated at once (%(default)s)")
     add = parser.add_argument_group("likelihood").add_argument
-    add("--likelihood", metavar="MODEL", help="a language model that tells 01, 04 and 05 how likely a text is")
+    add(
+        "--likelihood",
+        metavar="MODEL",
+        help="tells 04, 05 and 01 --labels likelihood how likely a text is",
+    )
 
 
 def policy_path(args: argparse.Namespace) -> str:
-    """Where the base model is: --policy, or with --offline the tiny model, which is trained first if need be.
-
-    --policy is filled in with it, so that naming the default is not another setting.
-    """
+    """Where the base model is; --policy is filled in. With --offline the tiny model, which is trained if need be."""
     if args.offline and not args.policy:
         from common.offline.tiny_model import tiny_policy
 

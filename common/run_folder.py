@@ -114,10 +114,7 @@ def share(text: str) -> float:
 
 
 def parse(parser: argparse.ArgumentParser, offline: dict) -> argparse.Namespace:
-    """Parse the command line; with --offline the defaults in `offline` replace the paper's settings.
-
-    The flags of each titled group are remembered in `flag_groups`, for `settings`.
-    """
+    """Parse the command line, with other defaults if --offline; `flag_groups` has the flags of each titled group."""
     parser.error = lambda message: fail(f"{message}; see --help")
     if parser.parse_known_args()[0].offline:
         parser.set_defaults(**offline)

@@ -179,7 +179,8 @@ def draw(
 ) -> tuple[str, tuple[str, ...]]:
     """(a spoilt text, the names of the one or two kinds that made it), or ("", ()) where none of TRIES can spoil it.
 
-    A family first, then a kind of it, so that families with many kinds do not crowd out the others.
+    A family first, then a kind of it, so that families with many kinds do not crowd out the others; without held_out
+    what is meant for training alone.
     """
     text, names = "", []
     for _ in range(TRIES):

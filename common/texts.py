@@ -1,11 +1,13 @@
-"""What characters alone say about texts: n-grams, near-duplicates, copies, diversity.
+"""What characters alone say about texts: n-grams, near-duplicates, copies, leaks, diversity.
 
 Chinese is compared by characters, not by words: that needs no segmenter, and a greeting is short.
 """
 
 import random
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 
-from common.records import Preference
+from common.records import Candidate, Preference, Reference
 
 NEAR_COSINE = 0.95  # of character 2-3-gram TF-IDF vectors: at or above this two texts count as one
 
@@ -24,6 +26,33 @@ def similarity(one: str, other: str) -> float:
 def runs_of_12(texts: list[str]) -> set[str]:
     """Every 12 consecutive characters of these texts. Sharing one of them is copying, not chance."""
     return {run for text in texts for run in ngrams(text, 12)}
+
+
+def screen(
+    candidates: Iterable[Candidate], max_similar: float, references: list[Reference], max_copied: float
+) -> dict[str, str]:
+    """Candidates that are not worth a judgement: {id: "duplicate", "near-duplicate" or "copies a reference"}."""
+    # 6-grams of characters are looked up, because comparing texts would take candidates x references.
+    holders: dict[str, list[int]] = {}  # 6-gram -> numbers of the references that contain it
+    for number, reference in enumerate(references):
+        for gram in set(ngrams(reference.response, 6)):
+            holders.setdefault(gram, []).append(number)
+
+    screened_out, texts_of_query = {}, defaultdict(list)
+    for candidate in candidates:
+        text = candidate.response
+        earlier = texts_of_query[candidate.query]
+        grams = set(ngrams(text, 6))
+        shared = Counter(number for gram in grams for number in holders.get(gram, []))  # reference -> 6-grams in common
+        if text in earlier:
+            screened_out[candidate.id] = "duplicate"
+        elif max_similar < 1 and any(similarity(text, other) > max_similar for other in earlier):
+            screened_out[candidate.id] = "near-duplicate"
+        elif shared and max(shared.values()) > max_copied * len(grams):
+            screened_out[candidate.id] = "copies a reference"
+        else:
+            earlier.append(text)
+    return screened_out
 
 
 def leaks(train: list[Preference], held_out: list[Preference]) -> dict[str, list[Preference]]:

@@ -154,10 +154,7 @@ def rises(rollouts: list[dict], every: int) -> dict[str, dict]:
 
 
 def watch_callback(args: argparse.Namespace, watch: Watch, updates: int):
-    """A trainer callback: look before step 1 and every --watch-every steps, keep the best policy, stop if need be.
-
-    TRL counts updates as steps; a step of ours has `updates` of them.
-    """
+    """A trainer callback: look before step 1 and every --watch-every steps of `updates` updates; keep the best."""
     from transformers import TrainerCallback
 
     class Look(TrainerCallback):

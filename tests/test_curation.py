@@ -16,6 +16,7 @@ from common.debate import Retrieval
 from common.offline.tiny_model import tiny_policy
 from common.policy import load_embedding, load_policy, lora
 from common.records import Appender, Candidate, Query, Reference, write
+from common.texts import screen
 
 curation = importlib.import_module("01_curate_preferences")
 
@@ -71,7 +72,7 @@ def references() -> list[Reference]:
     return [Reference.model_validate(row) for row in lines(ROOT / "data/references.jsonl")]
 
 
-def test_screening_says_why(tmp_path: Path, references: list[Reference]) -> None:
+def test_screening_says_why(references: list[Reference]) -> None:
     texts = {
         "first": "灯火可亲，愿你今晚有热汤，也有人等你回家吃饭。",
         "same": "灯火可亲，愿你今晚有热汤，也有人等你回家吃饭。",
@@ -82,13 +83,10 @@ def test_screening_says_why(tmp_path: Path, references: list[Reference]) -> None
     }
     rows = [Candidate(id=name, query="除夕", response=text) for name, text in texts.items()]
     rows.append(Candidate(id="elsewhere", query="中秋", response=texts["first"]))
-    write(tmp_path / "candidates.jsonl", rows)
-    args = Namespace(run=tmp_path, max_similar=0.9, max_copied=0.8)
     copied = "copies a reference"
     dropped = {"same": "duplicate", "near": "near-duplicate", "copy": copied, "cut": copied}
-    assert curation.screen(args, references) == dropped
-    everything = Namespace(run=tmp_path, max_similar=1.0, max_copied=1.0)
-    assert curation.screen(everything, references) == {"same": "duplicate"}
+    assert screen(rows, 0.9, references, 0.8) == dropped
+    assert screen(rows, 1.0, [], 1.0) == {"same": "duplicate"}
 
 
 CANDIDATES = [
@@ -136,7 +134,7 @@ def test_candidates_that_share_an_id_are_named_before_anything_is_written(
 
 def test_two_checkouts_sample_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny model of each checkout is the same model, so its candidates have the same ids, and are seeded alike."""
-    monkeypatch.setattr(curation, "Writer", lambda args: None)
+    monkeypatch.setattr(curation, "Writer", lambda args: Namespace(close=lambda: None))
     monkeypatch.setattr(curation, "find_policy", lambda policy: (policy, None))
     monkeypatch.setattr(
         curation, "write_greetings", lambda args, writer, base, adapter, slots, *rest: ["好"] * len(slots)

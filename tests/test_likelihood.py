@@ -12,11 +12,13 @@ import pytest
 import torch
 from conftest import ROOT, lines, run_script
 
+from common.greetings import Policy
 from common.likelihood import LIKELY, LanguageModel, add_likelihoods, label_best, worth
 from common.offline.tiny_model import tiny_policy
 from common.prompts import PROMPTS, conversation
 from common.records import Judgement, Query
 from common.rewards import Rewards
+from common.signs import signs
 from common.watch import Watch
 
 QUERY, GREETING = "给奶奶祝寿", "奶奶，愿您福寿安康，年年有今日，岁岁有今朝。"
@@ -112,17 +114,17 @@ def test_what_was_scored_is_kept_for_the_next_call(tmp_path: Path, monkeypatch: 
 def test_the_likeliest_of_a_query_is_labelled_good_if_it_shows_no_sign(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scores = {"愿您福寿安康，笑口常开。": -3.0, "奶奶，愿您福寿安康，年年有今日。": -2.0, f"{QUERY}！": -0.5}
+    scores = {"愿您福寿安康，笑口常开。": -1.3, "奶奶，愿您福寿安康，年年有今日。": -0.9, f"{QUERY}！": -0.5}
     scores |= {"祝你前程似锦，学业有成。": math.nan, "节日快乐，好的，祝福语如下：": -0.1}
     monkeypatch.setattr(LanguageModel, "__init__", lambda self, path, prompts: None)
     monkeypatch.setattr(LanguageModel, "scored", lambda self, rows: [(n, scores[row[1]]) for n, row in enumerate(rows)])
     queries = [QUERY, QUERY, QUERY, "毕业赠言", "节日祝福"]
     judgements = [Judgement(query=query, response=text) for query, text in zip(queries, scores, strict=True)]
     label_best("a model", PROMPTS, judgements, tmp_path / "likelihood.jsonl")
-    # An echo is likelier than a greeting, and no greeting at all is likelier still; a score that is none is no verdict.
+    # The echo and the talk about the task are the likeliest of all; a score that is no number is no verdict.
     assert [one.label for one in judgements] == [0, 1, 0, None, 0]
     assert [one.error is None for one in judgements] == [True, True, True, False, True]
-    assert judgements[1].judge == {"reason": "-2.00 nats per token", "verdict": 1} and judgements[1].model == "a model"
+    assert judgements[1].judge == {"reason": "-0.90 nats per token", "verdict": 1} and judgements[1].model == "a model"
 
 
 def test_step_1_labels_by_likelihood_without_asking_anybody(tmp_path: Path) -> None:
@@ -131,15 +133,27 @@ def test_step_1_labels_by_likelihood_without_asking_anybody(tmp_path: Path) -> N
     step_1 = ["01_curate_preferences.py", "--offline", "--queries", queries, "--labels", "likelihood"]
     done = run_script(*step_1, "--run", tmp_path / "run")
     assert done.returncode == 2 and "takes a language model: --likelihood" in done.stderr
+    done = run_script(*step_1, "--run", tmp_path / "run", "--likelihood", tmp_path / "nothing")
+    assert done.returncode == 2 and "cannot load" in done.stderr and not (tmp_path / "run").exists()
     step_1 += ["--run", tmp_path / "run", "--likelihood", tiny_policy()]
     assert run_script(*step_1).returncode == 0
-    accepted = [row["query"] for row in lines(tmp_path / "run/judgements.jsonl") if row["label"]]
-    assert 1 <= len(accepted) == len(set(accepted)) <= 12
+    judged = lines(tmp_path / "run/judgements.jsonl")
+    scores = {(row["query"], row["response"]): row["score"] for row in lines(tmp_path / "run/likelihood.jsonl")}
+    accepted = {row["query"]: row for row in judged if row["label"]}
+    assert 1 <= len(accepted) == sum(row["label"] for row in judged) <= 12
+    for row in judged:  # what is likelier than the one that is accepted shows a sign
+        best = accepted.get(row["query"])
+        if not best or scores[row["query"], row["response"]] > scores[best["query"], best["response"]]:
+            assert signs(row["query"], row["response"])
+    for pair in lines(tmp_path / "run/preferences.jsonl"):
+        assert pair["chosen_id"] in {row["id"] for row in accepted.values()}
     assert 1 <= len(lines(tmp_path / "run/sft.jsonl")) <= len(accepted)
+    assert Policy("sft", "base", tmp_path / "run/policy_sft").trained_on == ["likelihood"]
     assert json.loads((tmp_path / "run/01_summary.json").read_text())["ledger"]["calls"] == 0
     assert "done already" in run_script(*step_1).stdout
     done = run_script(*step_1[:-4], *step_1[-2:], "--labels", "agents", "--run", tmp_path / "run")
     assert done.returncode == 2 and "labels=likelihood" in done.stderr
+    assert run_script(*step_1, "--base-url", "http://127.0.0.1:1/v1", "--no-debate").returncode == 0  # nobody is asked
 
 
 @pytest.mark.skipif("REAL_MODEL" not in os.environ, reason="REAL_MODEL names no folder with pretrained weights")

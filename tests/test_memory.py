@@ -385,7 +385,7 @@ def test_a_random_model_writes_texts() -> None:
 def test_without_a_gpu_each_part_of_the_first_hour_says_so(no_gpu: None) -> None:
     if importlib.util.find_spec("vllm"):
         pytest.skip("vLLM is installed here")
-    for part in ("engine", "bf16", "sleep", "memory"):
+    for part in ("engine", "bf16", "sleep", "original", "memory"):
         done = subprocess.run(["bash", "bench/gpu.sh", part], cwd=ROOT, capture_output=True, text=True)
         lines = done.stdout.strip().splitlines()
         assert done.returncode == 0 and len(lines) == 2 and lines[0] == f"== {part}", done.stderr

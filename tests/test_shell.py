@@ -100,19 +100,37 @@ def test_the_paper_run_is_checked_before_its_first_step(shell: Path) -> None:
     assert asked(shell, 2, "--paper", "--run", "x", **{"tools/check.py": 2}) == [["tools/check.py", "--run", "x"]]
 
 
-def test_the_paper_run_starts_one_judge_around_all_steps(shell: Path) -> None:
+def port_8000_answers() -> bool:
     with socket.socket() as probe:
-        if not probe.connect_ex(("127.0.0.1", 8000)):
-            pytest.skip("something answers on port 8000 of this machine")
+        return not probe.connect_ex(("127.0.0.1", 8000))
+
+
+@pytest.mark.skipif(port_8000_answers(), reason="something answers on port 8000 of this machine")
+@pytest.mark.parametrize("mode", [["--paper"], []])
+def test_a_run_on_a_gpu_starts_one_judge_around_all_steps(shell: Path, mode: list[str]) -> None:
     flags = ["--model", "first", "--model=m", "--concurrency", "8"]
-    check, *steps = asked(shell, 0, "--paper", *flags)
+    steps = asked(shell, 0, *mode, *flags)
+    if mode:
+        assert steps.pop(0) == ["tools/check.py", *flags]
     # Before the server and, with what it has left, after it.
     choice = ["tools/check.py", "--choose", *flags]
-    assert check == ["tools/check.py", *flags] and steps[:2] == [choice, choice] and len(steps) == 9
+    assert steps[:2] == [choice, choice] and len(steps) == 9
     assert all(step[-5:] == flags and "--offline" not in step for step in steps[2:])
     (server,) = (shell / "outputs/judge.log").read_text().splitlines()
     assert "'--model', 'm'" in server and "'--max-num-seqs', '8'" in server and "'--port', '8000'" in server
     assert "'--gpu-memory-utilization', '0.326'" in server  # 26 * 1024 / 81559
+
+
+def test_a_server_that_answers_already_is_the_judge(shell: Path) -> None:
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            server.bind(("127.0.0.1", 8000))
+        except OSError:
+            pytest.skip("port 8000 of this machine is taken")
+        server.listen()
+        choice, *steps = asked(shell, 0)
+    assert choice == ["tools/check.py", "--choose"] and len(steps) == 7 and not (shell / "outputs/judge.log").exists()
 
 
 def test_the_paper_run_with_an_endpoint_starts_no_judge(shell: Path) -> None:
@@ -123,7 +141,7 @@ def test_the_paper_run_with_an_endpoint_starts_no_judge(shell: Path) -> None:
 
 
 def test_every_step_gets_those_of_the_chosen_settings_that_it_knows(shell: Path) -> None:
-    _, *steps = asked(shell, 0, "--policy", "mine")
+    _, *steps = asked(shell, 0, "--policy", "mine", "--base-url", "http://127.0.0.1:1/v1")
     for step in steps:
         assert step.index("small") < step.index("mine")  # the command line's flags win
         assert ("--engine" in step) == (step[0][:2] in ("01", "04", "05"))
@@ -168,7 +186,7 @@ def test_requirements_are_installed_when_they_change(shell: Path) -> None:
 
 def test_help_prints_the_usage(shell: Path) -> None:
     done = subprocess.run(["bash", "run.sh", "--help"], cwd=shell, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.count("\n") == 5 and "bash run.sh test" in done.stdout
+    assert done.returncode == 0 and done.stdout.count("\n") == 6 and "bash run.sh test" in done.stdout
 
 
 def test_the_small_run_takes_pretrained_models_and_what_it_can_reward_by(shell: Path) -> None:
@@ -189,4 +207,5 @@ def test_the_small_run_takes_pretrained_models_and_what_it_can_reward_by(shell: 
     steps = asked(shell, 0, "--small", "--base-url", "http://127.0.0.1:1/v1", gpu=False)
     assert [step[2] for step in steps if step[0] == "04_grpo.py"] == ["none", "rm", "judge"]
     assert all("--offline" not in step and "Qwen/Qwen2.5-0.5B-Instruct" in step for step in steps)
-    assert "--labels" not in steps[0] and "outputs/some_references.jsonl" in steps[0]
+    assert "--labels" not in steps[0]
+    assert dict(itertools.pairwise(steps[0]))["--candidates"] == "outputs/some_references.jsonl"
