@@ -2,11 +2,12 @@
 """What a blind reader says of the policies of a run.
 
     python bench/reading.py [--wanted FILE] [--key FILE] [--read FILE]
+    python bench/reading.py --run outputs/small --wanted FILE --key FILE    # writes the first two, of a finished run
 
 Joins three files of rows {id, ...}: the greetings that were to be read, {query, response}, shuffled; who wrote them,
 {policy}, which the reader did not see; and what he said, {acceptable 0|1, five grades of 1 to 3, flaw}. Prints for each
 policy the share that he would send and the weighted mean grade, beside what shows a sign of a spoilt text by rule, and
-for each policy after the first the difference from the one before, paired by query.
+the differences between policies, paired by query.
 """
 
 import argparse
@@ -19,17 +20,36 @@ sys.path.insert(0, str(ROOT))
 from common import records, stats
 from common.answers import WEIGHTS
 from common.greetings import OWN
+from common.report.figures import STEPS
 from common.report.readings import reader_s_grade
+from common.run_folder import digest
 from common.signs import signs
 
 POLICIES = ("base", *OWN)
+
+
+def write_wanted(args: argparse.Namespace) -> None:
+    """The first greeting of each policy for each query, in the order of a hash that leaves the policy out."""
+    rows = stats.where(records.read_lines(args.run / "generations.jsonl"), "sample", 0)
+    rows.sort(key=lambda row: digest("reading", row["query"], row["response"]))
+    wanted, key = [], []
+    for number, row in enumerate(rows):
+        wanted.append({"id": f"{number:03}", "query": row["query"], "response": row["response"]})
+        key.append({"id": f"{number:03}", "policy": row["policy"]})
+    records.write(args.wanted, wanted)
+    records.write(args.key, key)
+    print(f"{len(rows)} greetings to read in {args.wanted}; who wrote them: {args.key}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("wanted", "key", "read"):
         parser.add_argument(f"--{name}", type=Path, default=ROOT / f"docs/readings_{name}.jsonl", help="%(default)s")
+    parser.add_argument("--run", type=Path, help="a finished run, of whose greetings to write --wanted and --key")
     args = parser.parse_args()
+    if args.run:
+        write_wanted(args)
+        return
     key, read = ({row["id"]: row for row in records.read_lines(path)} for path in (args.key, args.read))
     rows = []
     for greeting in records.read_lines(args.wanted):
@@ -56,7 +76,9 @@ def main() -> None:
         print(f"| {' | '.join(cells)} |")
 
     print("\n| difference, paired by query | reader accepts | grade |\n|---|---|---|")
-    for after, before in zip([*groups][1:], groups, strict=False):
+    for after, before in STEPS:
+        if not {after, before} <= groups.keys():
+            continue
         gaps = []
         for column in ("acceptable", "grade"):
             means = [stats.query_means(groups[name], column) for name in (after, before)]
