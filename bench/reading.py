@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What a blind reader says of the policies of a run.
 
-    python bench/reading.py [--wanted FILE] [--key FILE] [--read FILE]
+    python bench/reading.py [--wanted FILE] [--key FILE] [--read FILE] [--second FILE]
     python bench/reading.py --run outputs/small --wanted FILE --key FILE    # writes the first two, of a finished run
 
 Joins three files of rows {id, ...}: the greetings that were to be read, {query, response}, shuffled; who wrote them,
@@ -45,6 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("wanted", "key", "read"):
         parser.add_argument(f"--{name}", type=Path, default=ROOT / f"docs/readings_{name}.jsonl", help="%(default)s")
+    parser.add_argument("--second", type=Path, help="what a second reader said of the same: kappa of the two")
     parser.add_argument("--run", type=Path, help="a finished run, of whose greetings to write --wanted and --key")
     args = parser.parse_args()
     if args.run:
@@ -74,6 +75,14 @@ def main() -> None:
         cells += [f"{sum(stats.column(own, grade)) / len(own):.2f}" for grade in WEIGHTS]
         cells += [f"{sum(stats.column(own, 'signs')) / len(own):.0%}", str(len(own))]
         print(f"| {' | '.join(cells)} |")
+
+    if args.second:
+        second = {row["id"]: row["acceptable"] for row in records.read_lines(args.second)}
+        verdicts = [second[row["id"]] for row in rows]
+        agree = stats.agreement(stats.column(rows, "acceptable"), verdicts, stats.column(rows, "query"))
+        print(
+            f"\nkappa of two readers {agree['kappa']:.2f} [{agree['kappa_lo']:.2f}, {agree['kappa_hi']:.2f}], n {agree['n']}"
+        )
 
     print("\n| difference, paired by query | reader accepts | grade |\n|---|---|---|")
     for after, before in STEPS:
