@@ -80,9 +80,8 @@ def main() -> None:
         second = {row["id"]: row["acceptable"] for row in records.read_lines(args.second)}
         verdicts = [second[row["id"]] for row in rows]
         agree = stats.agreement(stats.column(rows, "acceptable"), verdicts, stats.column(rows, "query"))
-        print(
-            f"\nkappa of two readers {agree['kappa']:.2f} [{agree['kappa_lo']:.2f}, {agree['kappa_hi']:.2f}], n {agree['n']}"
-        )
+        interval = f"[{agree['kappa_lo']:.2f}, {agree['kappa_hi']:.2f}]"
+        print(f"\nkappa of two readers {agree['kappa']:.2f} {interval}, n {agree['n']}")
 
     print("\n| difference, paired by query | reader accepts | grade |\n|---|---|---|")
     for after, before in STEPS:
