@@ -74,11 +74,9 @@ def parse_args() -> argparse.Namespace:
     add_endpoint_flags(parser)
     run_folder.add_run_flags(parser)
     args = run_folder.parse(parser, OFFLINE)
-    if args.labels == "likelihood":
-        if not args.likelihood:
-            run_folder.fail("--labels likelihood takes a language model: --likelihood Qwen/Qwen2.5-1.5B-Instruct, say")
-        args.likelihood = model_folder(args.likelihood)
-        load_tokenizer(args.likelihood)  # what is wrong with it shows in a second
+    if args.labels == "likelihood" and not args.likelihood:
+        run_folder.fail("--labels likelihood takes a language model: --likelihood Qwen/Qwen2.5-1.5B-Instruct, say")
+    args.likelihood = args.likelihood and model_folder(args.likelihood)
     if args.samples:
         choose_engine(args)
     elif not args.candidates:
@@ -124,6 +122,18 @@ def sample_from(args: argparse.Namespace, policy: str, queries: list[Query], app
     writer.close()  # another base, or the model of --likelihood, needs the memory
 
 
+def judging_settings(args: argparse.Namespace) -> dict:
+    """What the labels depend on: on all about the agents, or on the language model and the words of signs.py."""
+    if args.labels == "agents":
+        roles = roles_asked(debate=not args.no_debate, reflect=not args.no_reflect)
+        settings = run_folder.settings(args, "screening", "agents") | {"endpoint": endpoint_name(args)}
+    else:
+        roles, settings = ["policy"], run_folder.settings(args, "screening", "labels", "likelihood")
+        settings |= {"references": run_folder.file_hash(args.references), "signs": run_folder.file_hash(LEXICON_FILE)}
+    candidates = run_folder.file_hash(args.run / "candidates.jsonl")
+    return settings | {"prompts": prompt_hashes(roles, args.prompts), "candidates": candidates}
+
+
 def judge_candidates(args: argparse.Namespace, references: list[Reference], screened_out: dict[str, str]) -> float:
     """Write judgements.jsonl, or the rest of it, a line as each verdict comes; returns the seconds it took."""
     from tqdm import tqdm
@@ -136,7 +146,8 @@ def judge_candidates(args: argparse.Namespace, references: list[Reference], scre
         records.write(path, judgements)
         return round(time.time() - started, 2)
     # What failed in an earlier call is dropped, so that it is asked for again.
-    records.Appender(path).file.close()  # opening it drops the torn line that a kill may have left
+    with records.Appender(path):  # opening it drops the torn line that a kill may have left
+        pass
     if path.stat().st_size and any(record.error for record in records.stream(path, Judgement)):
         records.write(path, (record for record in records.stream(path, Judgement) if not record.error))
 
@@ -218,9 +229,10 @@ def choose_pairs(judged: list[Judged], uses: int) -> tuple[list[Pair], list[Pair
     while pair := next_pair(equal, times_used, uses):
         chosen.append(pair)
     # One of each in turn, until one kind runs out: that is what keeps length out of the file.
-    while (longer := next_pair(longer_chosen, times_used, uses)) and (
-        shorter := next_pair(shorter_chosen, times_used, uses)
-    ):
+    while longer := next_pair(longer_chosen, times_used, uses):
+        shorter = next_pair(shorter_chosen, times_used, uses)
+        if shorter is None:
+            break
         chosen += [longer, shorter]
     return chosen, possible
 
@@ -320,6 +332,8 @@ def write_training_files(args: argparse.Namespace, screened_out: dict[str, str])
 
 def main(args: argparse.Namespace) -> int:
     started = time.time()
+    if args.labels == "likelihood":
+        load_tokenizer(args.likelihood)  # what is wrong with it shows in a second
     queries = records.read(args.queries, Query) if args.samples else []
     references = records.read(args.references, Reference)
     ids: dict[str, tuple] = {}
@@ -338,15 +352,7 @@ def main(args: argparse.Namespace) -> int:
     seconds = {"sample": round(time.time() - started, 2), "judge": 0.0}
 
     # 2. Judgements.
-    if args.labels == "agents":
-        roles = roles_asked(debate=not args.no_debate, reflect=not args.no_reflect)
-        settings = run_folder.settings(args, "screening", "agents") | {"endpoint": endpoint_name(args)}
-    else:
-        roles, settings = ["policy"], run_folder.settings(args, "screening", "labels", "likelihood")
-        settings |= {"references": run_folder.file_hash(args.references), "signs": run_folder.file_hash(LEXICON_FILE)}
-    settings["prompts"] = prompt_hashes(roles, args.prompts)
-    settings["candidates"] = run_folder.file_hash(args.run / "candidates.jsonl")
-    judging = run_folder.Stage(args.run, "01_judgements", ["judgements.jsonl"], settings, args.redo)
+    judging = run_folder.Stage(args.run, "01_judgements", ["judgements.jsonl"], judging_settings(args), args.redo)
     candidates = records.stream(args.run / "candidates.jsonl", Candidate)
     screened_out = screen(candidates, args.max_similar, references if args.max_copied < 1 else [], args.max_copied)
     if not judging.done:

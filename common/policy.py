@@ -23,11 +23,7 @@ def add_policy_flags(parser: argparse.ArgumentParser) -> None:
     add("--bits", type=int, choices=(4, 16), default=4, help="weights of the base: NF4 or bf16 (%(default)s)")
     add("--batch-size-generate", type=positive, default=64, help="sequences generated at once (%(default)s)")
     add = parser.add_argument_group("likelihood").add_argument
-    add(
-        "--likelihood",
-        metavar="MODEL",
-        help="tells 04, 05 and 01 --labels likelihood how likely a text is",
-    )
+    add("--likelihood", metavar="MODEL", help="tells 04, 05 and 01 --labels likelihood how likely a text is")
 
 
 def policy_path(args: argparse.Namespace) -> str:

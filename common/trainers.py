@@ -12,7 +12,7 @@ from common.run_folder import ROOT, fail, main_process, positive, replace_file, 
 
 
 def add_grpo_flags(parser: argparse.ArgumentParser) -> None:
-    """GRPO's settings, for step 4, the checks before it and the export to verl; step 4's docstring has departures."""
+    """GRPO's settings, for step 4, the checks before it and the export to verl; departures: step 4's docstring."""
     add = parser.add_argument_group("GRPO").add_argument
     add("--queries", type=Path, default=ROOT / "data/queries.jsonl", help="what the policy writes for")
     add("--rank", type=positive, default=16, help="LoRA rank, also of the SFT (%(default)s)")

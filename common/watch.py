@@ -154,7 +154,7 @@ def rises(rollouts: list[dict], every: int) -> dict[str, dict]:
 
 
 def watch_callback(args: argparse.Namespace, watch: Watch, updates: int):
-    """A trainer callback: look before step 1 and every --watch-every steps of `updates` updates; keep the best."""
+    """A trainer callback: look, before step 1 and every --watch-every steps of `updates` each, and stop if need be."""
     from transformers import TrainerCallback
 
     class Look(TrainerCallback):

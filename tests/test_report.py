@@ -16,6 +16,7 @@ from common.records import write
 from common.report.cost import cost_figures
 from common.report.evaluators import NEAR, balanced, evaluate_evaluators, labelled_rows
 from common.report.figures import policy_figures
+from common.report.pages import write_pages
 from common.report.people import add_human_scores, alpha, people_figures, rating_id, rating_page, read_ratings
 from common.texts import runs_of_12
 
@@ -271,3 +272,14 @@ def test_the_rating_page_is_blind_and_shuffled() -> None:
     assert {pair["texts"][0][1] for pair in page["pairs"]} == {"0", "1"}  # neither policy is always first
     order = [row["response"][1] for row in page["greetings"]]
     assert order != sorted(order)
+
+
+@pytest.mark.parametrize(("policy", "said"), [("tiny", "of two million parameters"), ("other", "a pretrained model")])
+def test_both_reports_say_who_wrote_and_who_judged(run: Path, tmp_path: Path, policy: str, said: str) -> None:
+    args = argparse.Namespace(policy=f"{ROOT}/outputs/{policy}/model", offline=True, graded=False, run=tmp_path)
+    args.eval_model = args.eval_base_url = None
+    figures = json.loads((run / "05_summary.json").read_text(encoding="utf-8"))
+    write_pages(args, figures, lines(run / "scores.jsonl"), {"greetings": [], "pairs": []})
+    for name in ("report.md", "report.html"):
+        page = (tmp_path / name).read_text(encoding="utf-8")
+        assert said in page and page.count("the stand-in") == 1
