@@ -298,9 +298,12 @@ def write_training_files(args: argparse.Namespace, screened_out: dict[str, str])
     fates, failures = dict(screened_out), Counter()
     judged, audits, given_labels = [], [], []  # audits and given labels: (other label, label, query)
     for r in records.stream(args.run / "judgements.jsonl", Judgement):
-        if r.label is None:
+        if r.error:
             failures[r.error] += 1
             fates[r.id] = f"failed: {r.error}"
+            continue
+        if r.label is None:
+            fates[r.id] = "no label: hardly less likely than its query's best"
             continue
         strengths, why = len(r.positive) - len(r.negative), (r.reflect or r.judge)["reason"]
         judged.append(Judged(r.id, r.query_id, r.query, r.response, r.label, strengths, why))
@@ -316,7 +319,7 @@ def write_training_files(args: argparse.Namespace, screened_out: dict[str, str])
     records.write(args.run / "sft.jsonl", (as_demonstration(args, one) for one in sft))
     records.write(args.run / "fates.jsonl", ({"id": key, "fate": fate} for key, fate in fates.items()))
 
-    figures = {"candidates": len(fates), "judged": len(judged) + failures.total(), "pairs": len(pairs), "sft": len(sft)}
+    figures = {"candidates": len(fates), "judged": len(fates) - len(screened_out), "pairs": len(pairs), "sft": len(sft)}
     figures["accepted"] = stats.rate(sum(one.label for one in judged), len(judged))
     figures["overturned"] = stats.rate(sum(before != label for before, label, _ in audits), len(audits))
     figures["judge_reflect_kappa"] = stats.agreement(*zip(*audits, strict=True))["kappa"] if audits else None

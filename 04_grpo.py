@@ -100,7 +100,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument_group("course of the run").add_argument
     add("--stop-on-hack", action="store_true", help="end when the watch says that the reward is gamed")
     gap = "mean difference of a token's log-probability, engine to trainer, that always stops the run (%(default)s)"
-    add("--max-gap", type=float, default=0.05, help=gap)
+    add("--max-gap", type=float, default=0.1, help=gap)
     add("--save-every", type=run_folder.positive, default=10, help="GRPO steps between checkpoints (%(default)s)")
     add("--report-to", nargs="*", default=[], help="trackers that TRL knows, such as tensorboard")
     add("--plan", action="store_true", help="train nothing: print what will be on the GPU, and whether it fits")

@@ -66,15 +66,15 @@ some() { # every so many-th row of a file of data/, so that all occasions are th
   echo "outputs/some_$1.jsonl"
 }
 small() { # what step $1 takes with --small; docs/guide.md says why
-  local writes="--engine hf --max-tokens 48" labels="--samples 3 --labels likelihood" sft="--sft-epochs 2 --sft-learning-rate 1e-4"
+  local writes="--engine hf --max-tokens 48" labels="--samples 4 --labels likelihood" sft="--sft-epochs 2 --sft-learning-rate 1e-4"
   if [ -z "$offline" ]; then # agents judge references too, from which SFT has to learn more gently than from its own texts
     labels="--samples 2 --candidates outputs/some_references.jsonl" sft="--sft-epochs 1 --sft-learning-rate 2e-5"
   fi
   case $1 in
     01*) echo "$writes --queries $(some references 9) --temperature 0.8 --max-copied 1 $labels" ;;
     02*) echo "--epochs 1 --learning-rate 1e-4 --batch-size 8 --accumulation 1 --max-length 256 --derived 1 --checks 2 --stress-size 12" ;;
-    04*) echo "$writes $sft --sft-batch-size 8 --learning-rate 1e-4 --kl 0.01 --steps 10" \
-      "--queries-per-step 4 --mini-batch 4 --samples 8 --micro-batch 8 --novelty 0.5 --save-every 1 --watch-every 5 --watch-queries 24" ;;
+    04*) echo "$writes $sft --sft-batch-size 8 --learning-rate 1e-4 --kl 0.01 --steps 20" \
+      "--queries-per-step 4 --mini-batch 4 --samples 8 --micro-batch 8 --novelty 0.5 --save-every 1 --watch-every 10 --watch-queries 24" ;;
     05*) echo "$writes --queries $(some queries_heldout 6) --samples 1${offline:+ --search 6}" ;;
   esac
 }

@@ -7,8 +7,7 @@ where it serves the original weights of a policy in 4 bits, which --max-gap has 
 
 Each row is a run of step 4 in a process of its own: four steps from an SFT adapter, with the rule-based critic as the
 judge. On a CPU an engine does not sleep, so that row is left out. A CPU without instructions for bf16 runs forward
-passes in it slowly and backward passes hardly at all: --frozen computes in bf16 there too, in three steps on fewer
-rollouts, and learns nothing.
+passes in it slowly and backward passes hardly at all: --frozen computes in bf16 there too, and learns nothing.
 """
 
 import argparse
@@ -25,7 +24,7 @@ from bench.memory import copy_of, random_model, write_data
 from common.offline.tiny_model import tiny_policy
 
 GAP, RATIO = "sampling/sampling_logp_difference", "sampling/importance_sampling_ratio"
-FEW = ["--queries-per-step", 4, "--mini-batch", 4, "--steps", 3]
+FEW = ["--queries-per-step", 4, "--mini-batch", 4]  # of a pretrained model on a CPU
 SMALL = ["--queries-per-step", 16, "--mini-batch", 16, "--samples", 4, "--micro-batch", 8, "--learning-rate", 1e-4]
 ROWS = {"bf16": "heads in bf16", "fp32": "heads in fp32", "sleep": "heads in fp32, with --sleep"}
 ROWS["original"] = "heads in fp32, the engine with the original weights"
@@ -115,7 +114,8 @@ def main() -> None:
     run("04_grpo.py", "--reward", "none", "--sft-epochs", 0.2, *gentle, "--run", folder, *common, "--redo")  # once
     flags = ["--reward", "judge", "--engine", "vllm", "--watch-every", 0, "--steps", 4, *SMALL]
     flags += ["--max-tokens", length, "--queries", folder / "queries.jsonl", "--max-gap", 9]
-    flags += [*FEW, "--frozen"] if args.frozen else []
+    flags += FEW if args.policy and not gpu else []
+    flags += ["--frozen"] if args.frozen else []
 
     path, machine = args.out / "gap.json", torch.cuda.get_device_name() if gpu else "CPU"
     setting = {"machine": machine, "policy": policy.name, "bits": args.bits, "frozen": args.frozen, "tokens": length}

@@ -39,7 +39,7 @@ class Retrieval:
             return
         reference_queries = [reference.query for reference in self.references]
         if self.embedding_model:
-            embed = load_embedding(self.embedding_model, "--embedding-model")
+            embed = load_embedding(self.embedding_model)
         else:
             vectorizer = TfidfVectorizer(analyzer="char", ngram_range=(1, 2), sublinear_tf=True)
             embed = vectorizer.fit(reference_queries).transform

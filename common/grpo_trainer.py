@@ -8,9 +8,9 @@ from common.rewards import Rewards
 from common.run_folder import Stop
 
 GAP = "sampling/sampling_logp_difference/mean"  # TRL's name for the engine's distance to the trainer, per token
-# Rounding alone brings some: with both heads in fp32, as they are here, a 7B model in bf16 has 0.023 nats as root mean
-# square (0.039 without), of which the mean is 0.6 to 0.8 (ServiceNow/Fast-LLM#525, huggingface/trl#6789). --max-gap is
-# three times that. A run also stops beyond so many times the median of its own gaps, if that is more than rounding.
+# Rounding alone brings some: with both heads in fp32, as they are here, a model of 0.5B in bf16 has 0.02 to 0.05 nats a
+# token, and 0.29 if the engine has other weights than NF4's (bench/README.md); a 7B model 0.023 as root mean square
+# (ServiceNow/Fast-LLM#525). A run also stops beyond so many times the median of its own gaps, if that exceeds this.
 GAP_RISE, GAP_NOISE = 2.5, 0.02
 PASS = 32  # rows at most in one pass of the model: more gain no speed, and share more padding
 # Tokens of padding in a pass beyond which two passes are quicker. On a GPU a pass of a 7B model takes about 35 ms

@@ -2,7 +2,7 @@
 
 The model is another one than the policy, so that it is not the policy's own errors that look natural. One pass, and
 nothing is generated. By itself it likes echoes, so what shows a sign of a spoilt text (signs.py) is worth nothing; and
-it likes stock phrases, so to be likelier than LIKELY gains nothing.
+it likes stock phrases, so to be likelier than LIKELY gains nothing, and a wish that would do for anybody is worth less.
 """
 
 import math
@@ -18,6 +18,9 @@ from common.run_folder import slow_bar
 from common.signs import signs
 
 LIKELY = -1.4  # nats per token; chosen on data/readings.jsonl, see bench/README.md
+HELPED = 0.5  # nats per token by which its query has to make a text likelier than ANYBODY does
+ANYBODY = "写一句祝福语"  # a query that says nothing of whom the greeting is for
+APART = 1.0  # nats per token by which a text must be less likely than the best of its query to be called worse
 BATCH, TYPICAL = 16, 128  # conversations in one pass, of so many tokens; of longer ones fewer
 
 
@@ -34,13 +37,13 @@ class Likelihood(records.Record):
         return (self.model, self.prompt, self.query, self.response)
 
 
-def worth(query: str, text: str, score: float) -> float:
-    """0 to 1: 1 for a text that is as likely as LIKELY or more, less by the factor by which its tokens are less likely.
+def worth(score: float, for_anybody: float) -> float:
+    """0 to 1, of the scores of a text as an answer to its query and to ANYBODY; nan if one is no number.
 
-    That is min(1, exp(score - LIKELY)), a ratio of perplexities. What shows a sign of a spoilt text is worth 0; of a
-    score that is no number the worth is none either.
+    min(1, exp(score - LIKELY)) * min(1, exp(score - for_anybody - HELPED)): two ratios of perplexities. 1 is what is as
+    likely as LIKELY or more, and has something of its query.
     """
-    return 0.0 if signs(query, text) else math.exp(min(score - LIKELY, 0.0))
+    return math.exp(min(score - LIKELY, 0.0) + min(score - for_anybody - HELPED, 0.0))
 
 
 class LanguageModel:
@@ -56,9 +59,15 @@ class LanguageModel:
         scores = dict(self.scored(rows, batch_size))
         return [scores[number] for number in range(len(rows))]
 
-    def worths(self, rows: list[tuple[str, str]]) -> list[float]:
-        """What each row is `worth`."""
-        return [worth(*row, score) for row, score in zip(rows, self.score(rows), strict=True)]
+    def worths(self, rows: list[tuple[str, str]], batch_size: int = BATCH) -> list[float]:
+        """What each row is `worth`: 0, without a pass of the model, if it shows a sign of a spoilt text."""
+        values = [0.0] * len(rows)
+        clean = [number for number, row in enumerate(rows) if not signs(*row)]
+        asked = [rows[number] for number in clean] + [(ANYBODY, rows[number][1]) for number in clean]
+        scores = self.score(asked, batch_size)
+        for place, number in enumerate(clean):
+            values[number] = worth(scores[place], scores[len(clean) + place])
+        return values
 
     def scored(self, rows: list[tuple[str, str]], batch_size: int = BATCH) -> Iterator[tuple[int, float]]:
         """The same, as it is computed, the longest first: (number of the row, score)."""
@@ -101,14 +110,13 @@ class LanguageModel:
         return [-loss.item() for loss in losses]
 
 
-def add_likelihoods(path: str, prompts: Path, rows: list[dict], kept: Path) -> None:
-    """Add to every row `likelihood`, its score, and `likely`: 1 if it is worth as much as a text can be, else 0.
+def scores_of(path: str, prompts: Path, rows: list[tuple[str, str]], kept: Path) -> list[float | None]:
+    """The scores of (query, text) rows; None for one that is no number.
 
-    The scores are also kept in a file as they come: what is there is not computed again, whatever the call. A score
-    that is no number leaves both empty.
+    They are also kept in a file as they come: what is there is not computed again, whatever the call.
     """
     prompt = prompt_hashes(["policy"], prompts)["policy"]
-    asked = [Likelihood(model=path, prompt=prompt, query=row["query"], response=row["response"]) for row in rows]
+    asked = [Likelihood(model=path, prompt=prompt, query=query, response=text) for query, text in rows]
     with records.Appender(kept) as append:
         missing = list({one.id: one for one in asked if one.id not in append.done}.values())
         if missing:
@@ -117,24 +125,44 @@ def add_likelihoods(path: str, prompts: Path, rows: list[dict], kept: Path) -> N
                 missing[number].score = score if math.isfinite(score) else None
                 append(missing[number])
     scores = {one.id: one.score for one in records.stream(kept, Likelihood)}
-    for row, one in zip(rows, asked, strict=True):
-        score = row["likelihood"] = scores[one.id]
-        row["likely"] = None if score is None else int(worth(row["query"], row["response"], score) == 1)
+    return [scores[one.id] for one in asked]
+
+
+def add_likelihoods(path: str, prompts: Path, rows: list[dict], kept: Path) -> None:
+    """Add to every row `likelihood`, its score, and `likely`: 1 if it is worth as much as a text can be, else 0.
+
+    A score that is no number leaves both empty.
+    """
+    texts = [(row["query"], row["response"]) for row in rows]
+    scores = dict(zip(texts, scores_of(path, prompts, texts, kept), strict=True))
+    likely = [text for text, score in scores.items() if score is not None and score >= LIKELY and not signs(*text)]
+    for_anybody = scores_of(path, prompts, [(ANYBODY, text) for _, text in likely], kept)
+    worths = {text: worth(scores[text], score or math.nan) for text, score in zip(likely, for_anybody, strict=True)}
+    for row, text in zip(rows, texts, strict=True):
+        row["likelihood"] = scores[text]
+        row["likely"] = None if scores[text] is None else int(worths.get(text) == 1)
 
 
 def label_best(path: str, prompts: Path, judgements: list[Judgement], kept: Path) -> None:
-    """Label the likeliest text of each query, of those without a sign of a spoilt text, 1 and the others 0."""
-    rows = [{"query": one.query, "response": one.response} for one in judgements]
-    add_likelihoods(path, prompts, rows, kept)
-    best: dict[str, tuple[float, Judgement]] = {}  # query -> (score, its best so far)
-    for one, row in zip(judgements, rows, strict=True):
-        one.model, score = path, row["likelihood"]
+    """Label the likeliest text of each query, of those without a sign of a spoilt text, 1.
+
+    What shows a sign or is less likely by APART gets 0. What lies between gets no label: it is hardly worse, and from
+    such pairs a reward model learns noise.
+    """
+    scores = scores_of(path, prompts, [(one.query, one.response) for one in judgements], kept)
+    best: dict[str, float] = {}  # query -> the highest score of a text without a sign
+    for one, score in zip(judgements, scores, strict=True):
+        one.model = path
         if score is None:
             one.error = NO_NUMBER
+        elif not signs(one.query, one.response):
+            best[one.query] = max(score, best.get(one.query, score))
+    for one, score in zip(judgements, scores, strict=True):
+        if score is None:
             continue
-        one.label, one.judge = 0, {"reason": f"{score:.2f} nats per token", "verdict": 0}
-        beaten = one.query in best and best[one.query][0] >= score
-        if not beaten and not signs(one.query, one.response):
-            best[one.query] = score, one
-    for _, one in best.values():
-        one.label = one.judge["verdict"] = 1
+        highest = best.get(one.query, math.inf)
+        if signs(one.query, one.response) or score <= highest - APART:
+            one.label = 0
+        elif score == highest:
+            one.label = 1
+        one.judge = {"reason": f"{score:.2f} nats per token", "verdict": one.label}

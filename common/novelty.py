@@ -10,7 +10,6 @@ from collections.abc import Sequence, Set
 from pathlib import Path
 
 from common.characters import REFERENCES
-from common.policy import load_embedding
 from common.records import Demonstration, Reference, read
 from common.texts import ngrams
 
@@ -36,19 +35,15 @@ def runs_in(texts: list[str]) -> set[str]:
     return {run for text in texts for length in range(RUN, COPIED + 1) for run in ngrams(text, length)}
 
 
-def novelties(rows: Rows, learnt: Set[str], encoder: str | None = None) -> list[float]:
+def novelties(rows: Rows, learnt: Set[str]) -> list[float]:
     """The novelty of each (query, text) of a step, from 0 (nothing is its own) to 1.
 
     1 - (g + s + c) / 3, where g, s and c are shares of a text's runs of characters: g of its runs of 4, those that
     stand in the completion of its query that is most like it; s the same of the completions of other queries; c of its
     runs of 12, or of it all where it is shorter, those that were learnt by heart. The nearest text counts and not the
-    mean of all, since copies are what is to be rare. With an encoder g and s are cosines of sentence embeddings. An
-    empty text has no novelty. The order of the rows does not matter.
+    mean of all, since copies are what is to be rare. An empty text has no novelty. The order of the rows does not
+    matter.
     """
-    cosines = None
-    if encoder:
-        vectors = load_embedding(encoder, "--novelty-model")([text or " " for _, text in rows])
-        cosines = (vectors @ vectors.T).clip(0, 1)
     runs = [set(ngrams(text, RUN)) or {text} for _, text in rows]
     values = []
     for number, (query, text) in enumerate(rows):
@@ -56,8 +51,6 @@ def novelties(rows: Rows, learnt: Set[str], encoder: str | None = None) -> list[
         for other, (asked, _) in enumerate(rows):
             if other != number:
                 shared = len(runs[number] & runs[other]) / len(runs[number])
-                if cosines is not None:
-                    shared = float(cosines[number, other])
                 if asked == query:
                     group = max(group, shared)
                 else:
@@ -68,14 +61,14 @@ def novelties(rows: Rows, learnt: Set[str], encoder: str | None = None) -> list[
     return values
 
 
-def multiply(rewards: Rewarded, values: list[float], weight: float) -> Rewarded:
-    """Verdicts r (1, 0, or P(verdict = 1)) times 1 - weight * (1 - novelty): quality times difference.
+def multiply(rewards: Rewarded, values: list[float], weight: float, accepted: float) -> Rewarded:
+    """Rewards r of 0 to 1 times 1 - weight * (1 - novelty): quality times difference.
 
-    A text that is refused counts as having no novelty, so that no novelty lifts it above one that is accepted.
+    A text below `accepted` counts as having no novelty, so that no novelty lifts it above one that is accepted.
     """
     taught: Rewarded = []
     for reward, novelty in zip(rewards, values, strict=True):
-        sameness = 1 - novelty if reward is not None and reward >= ACCEPTED else 1.0
+        sameness = 1 - novelty if reward is not None and reward >= accepted else 1.0
         taught.append(reward if reward is None else reward * (1 - weight * sameness))
     return taught
 

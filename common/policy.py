@@ -143,7 +143,7 @@ def load_base(kind, path: str, bits: int, **options):
 
 
 @lru_cache(maxsize=1)
-def load_embedding(name: str, flag: str) -> Callable:
+def load_embedding(name: str) -> Callable:
     """A function from texts to unit vectors, (texts, dimensions), as the model's authors pool and normalise them."""
     silence_libraries()
     try:
@@ -151,9 +151,9 @@ def load_embedding(name: str, flag: str) -> Callable:
 
         model = SentenceTransformer(name)
     except ImportError as e:
-        fail(f"{flag}: {e}; pip install sentence-transformers")
+        fail(f"--embedding-model: {e}; pip install sentence-transformers")
     except (OSError, ValueError) as e:
-        fail(f"{flag} {name} cannot be loaded: {str(e).splitlines()[0]}; name a folder or a hub model")
+        fail(f"--embedding-model {name} cannot be loaded: {str(e).splitlines()[0]}; name a folder or a hub model")
     return lambda texts: model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
 
 

@@ -67,7 +67,10 @@ class Candidate(Record):
 
 
 class Judgement(Candidate):
-    """A candidate with what the agents said of it. `label` is null where one gave no usable answer: see `error`."""
+    """A candidate with what the agents said of it.
+
+    `label` is null where one gave no usable answer (see `error`) and where --labels likelihood found neither.
+    """
 
     examples: list[str] = []  # ids of the retrieved references
     positive: list[str] = []

@@ -23,8 +23,8 @@ from common.answers import Unusable
 from common.client import Client, gather_all
 from common.constraints import broken
 from common.judge import current_principles, judge_greeting
-from common.likelihood import LanguageModel, worth
-from common.novelty import multiply, novelties, take_off
+from common.likelihood import LanguageModel
+from common.novelty import ACCEPTED, multiply, novelties, take_off
 from common.reward_model import RewardModel
 from common.run_folder import Stop, main_process
 from common.signs import COUNTED, counted, signs
@@ -68,7 +68,7 @@ class Rewards:
         # TRL gathers the rewards of all processes by itself. The file and the figures are written by the first.
         gathered = gather_rows(list(zip(rows, rewards, strict=True)))
         written = [row for row, _ in gathered]
-        values = novelties(written, self.learnt, self.args.novelty_model)
+        values = novelties(written, self.learnt)
         if main_process():
             with open(self.args.run / f"rollouts_{self.args.reward}.jsonl", "a", encoding="utf-8") as file:
                 for ((asked, text), (reward, reason)), novelty in zip(gathered, values, strict=True):
@@ -83,7 +83,7 @@ class Rewards:
         if self.args.reward == "rm":
             taught = take_off(raw, values, self.args.novelty, [asked for asked, _ in written])
         else:
-            taught = multiply(raw, values, self.args.novelty)
+            taught = multiply(raw, values, self.args.novelty, ACCEPTED if self.args.reward == "judge" else 0.0)
         return own_rows(taught, len(rows))
 
     async def rewards_for(self, rows: list[tuple[str, str]]) -> list[Reward]:
@@ -108,11 +108,9 @@ class Rewards:
         return rewards
 
     def likelihoods(self, rows: list[tuple[str, str]]) -> list[Reward]:
-        """What the language model's scores are worth; the reason is what a text shows of a spoilt one."""
-        rewards: list[Reward] = []
-        for score, (query, text) in zip(self.model.score(rows, self.args.micro_batch), rows, strict=True):
-            rewards.append((worth(query, text, score), ", ".join(sorted(signs(query, text)))))
-        return rewards
+        """What the texts are worth to the language model; the reason is what a text shows of a spoilt one."""
+        worths = self.model.worths(rows, self.args.micro_batch)
+        return [(value, ", ".join(sorted(signs(*row)))) for value, row in zip(worths, rows, strict=True)]
 
     async def verdicts(self, rows: list[tuple[str, str]]) -> list[Reward]:
         """The judge's verdicts, all asked for at once. If over a fifth fail, those are asked for again after a pause.

@@ -73,9 +73,8 @@ def search_chosen(
     drawn = sorted(chosen, key=lambda row: run_folder.digest(seed, "bought", *row))[:most]
 
     def score(rows: list[tuple[str, str]]) -> list[float]:
-        return rm.score_conversations(
-            [[*prompts[asked], {"role": "assistant", "content": text}] for asked, text in rows]
-        )
+        said = [[*prompts[asked], {"role": "assistant", "content": text}] for asked, text in rows]
+        return rm.score_conversations(said)
 
     sources = sources_of(drawn, seed)
     return sources, *search_scores(score, sources, seed, held_out)

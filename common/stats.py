@@ -236,12 +236,9 @@ def wins_of(comparisons: list[dict], names: list[str]) -> dict:
             between = from_both_sides.query("a == @a and b == @b")
             if len(between):
                 judged.setdefault(a, {})[b] = bootstrap(query_means(between, "outcome").values())
-    return {
-        "judged": judged,
-        "swap_consistency": rate(int(same.sum()), len(same)),
-        "compared": len(table),
-        "failed": len(table) - len(answered),
-    }
+    failed = len(table) - len(answered)
+    consistent = rate(int(same.sum()), len(same))
+    return {"judged": judged, "swap_consistency": consistent, "compared": len(table), "failed": failed}
 
 
 # ---- null baselines -------------------------------------------------------------------------------------------------

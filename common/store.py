@@ -77,14 +77,9 @@ class Store:
         rows = self.db.execute(query + " GROUP BY outcome ORDER BY outcome", (self.step, *roles)).fetchall()
         outcomes = {outcome: calls for outcome, calls, _, _ in rows}
         tokens = [sum(row[column] for row in rows) for column in (2, 3)]
-        return {
-            "calls": sum(outcomes.values()),
-            "retries": sum(outcomes.values()) - outcomes.get("ok", 0),
-            "input_tokens": tokens[0],
-            "output_tokens": tokens[1],
-            "money": round(self.money(*tokens), 4),
-            "outcomes": outcomes,
-        }
+        calls = sum(outcomes.values())
+        figures = {"calls": calls, "retries": calls - outcomes.get("ok", 0), "input_tokens": tokens[0]}
+        return figures | {"output_tokens": tokens[1], "money": round(self.money(*tokens), 4), "outcomes": outcomes}
 
     def set_aside(self) -> None:
         """What this step has cost so far was for a result that --redo replaced: it counts for the budget alone."""

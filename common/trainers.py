@@ -27,8 +27,6 @@ def add_grpo_flags(parser: argparse.ArgumentParser) -> None:
     add("--kl", type=float, default=0.001, help="coefficient of the KL term (%(default)s)")
     novelty = "how much of its reward a completion loses by being like others, 0 to 1 (%(default)s, as in the paper)"
     add("--novelty", type=share, default=0.0, metavar="W", help=novelty)
-    encoder = "sentence encoder by which completions are likened (without: by runs of characters)"
-    add("--novelty-model", metavar="MODEL", help=encoder)
     rules = "a text that breaks a constraint of its query, as far as a rule can tell, gets no reward from the judge"
     add("--constraints", action=argparse.BooleanOptionalAction, default=True, help=rules)
 
@@ -57,11 +55,8 @@ def trainer_settings(model, autocast: bool = False) -> dict:
     import torch
 
     cuda, half = torch.cuda.is_available(), model.dtype == torch.bfloat16
-    settings = {
-        "bf16": half or (autocast and multiplies_in_bf16()),
-        "use_cpu": not cuda,
-        "gradient_checkpointing": cuda,
-    }
+    bf16 = half or (autocast and multiplies_in_bf16())
+    settings = {"bf16": bf16, "use_cpu": not cuda, "gradient_checkpointing": cuda}
     # Of an update each of several processes makes as many passes as its rows need; to send buffers in each, as DDP does
     # by default, they would wait for each other for ever.
     return settings | {"ddp_broadcast_buffers": False}

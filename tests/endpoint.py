@@ -137,7 +137,6 @@ def settings(url: str, **changed: object) -> SimpleNamespace:
         "budget": None,
         "graded": False,
         "novelty": 0.0,
-        "novelty_model": None,
         "constraints": True,
     }
     return SimpleNamespace(**usual | changed)

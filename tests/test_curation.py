@@ -201,7 +201,7 @@ def test_an_embedding_model_is_pooled_as_its_authors_say(embedding_model: Path, 
     from transformers import AutoModel, AutoTokenizer
 
     texts = [r.query for r in references[:20]]
-    vectors = torch.tensor(load_embedding(str(embedding_model), "")(texts))
+    vectors = torch.tensor(load_embedding(str(embedding_model))(texts))
     batch = AutoTokenizer.from_pretrained(embedding_model)(texts, return_tensors="pt", padding=True)
     with torch.inference_mode():
         hidden = AutoModel.from_pretrained(embedding_model).eval()(**batch).last_hidden_state
@@ -220,7 +220,7 @@ def test_an_embedding_model_that_cannot_be_used_is_one_line(
 ) -> None:
     def refusal() -> str:
         with pytest.raises(SystemExit) as stopped:
-            load_embedding(str(tmp_path / "missing"), "--embedding-model")
+            load_embedding(str(tmp_path / "missing"))
         assert stopped.value.code == 2
         return capsys.readouterr().err
 

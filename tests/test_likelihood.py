@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, lines, run_script
 
 from common.greetings import Policy
-from common.likelihood import LIKELY, LanguageModel, add_likelihoods, label_best, worth
+from common.likelihood import ANYBODY, APART, HELPED, LIKELY, LanguageModel, add_likelihoods, label_best, worth
 from common.offline.tiny_model import tiny_policy
 from common.prompts import PROMPTS, conversation
 from common.records import Judgement, Query
@@ -44,18 +44,27 @@ def test_a_score_is_the_mean_log_probability_of_the_text_and_the_end_of_its_turn
     assert model.score([]) == []
 
 
-def test_what_is_likely_enough_is_worth_one_and_what_is_spoilt_nothing() -> None:
-    assert worth(QUERY, GREETING, LIKELY) == worth(QUERY, GREETING, -0.1) == 1
-    assert worth(QUERY, GREETING, LIKELY - 1) == pytest.approx(1 / math.e)
-    assert worth(QUERY, GREETING, LIKELY - 0.01) < 1
-    for spoilt in ("", f"{QUERY}：{GREETING}", f"好的，祝福语如下：{GREETING}", f"{GREETING}愿您"):
-        assert worth(QUERY, spoilt, -0.1) == 0
+def test_what_is_likely_enough_and_has_something_of_its_query_is_worth_one() -> None:
+    assert worth(LIKELY, LIKELY - HELPED) == worth(-0.1, -0.1 - HELPED) == worth(-0.1, -3.0) == 1
+    assert worth(LIKELY - 1, -9.0) == pytest.approx(1 / math.e)
+    assert worth(-0.1, 0.9 - HELPED) == pytest.approx(1 / math.e)  # likelier without its query, as a stock wish is
+    assert worth(LIKELY - 1, LIKELY - HELPED) == pytest.approx(1 / math.e**2)
+    assert worth(LIKELY - 0.01, -9.0) < 1 and worth(-0.1, -0.09 - HELPED) < 1
+    assert math.isnan(worth(math.nan, -9.0)) and math.isnan(worth(-0.1, math.nan))
+
+
+def test_what_is_spoilt_is_worth_nothing_and_never_scored(model: LanguageModel, monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(model, "score", lambda rows, size: asked.extend(rows) or [-0.1, -0.1 - HELPED])
+    spoilt = ["", f"{QUERY}：{GREETING}", f"好的，祝福语如下：{GREETING}", f"{GREETING}愿您"]
+    assert model.worths([(QUERY, text) for text in (*spoilt[:2], GREETING, *spoilt[2:])]) == [0, 0, 1, 0, 0]
+    assert asked == [(QUERY, GREETING), (ANYBODY, GREETING)]
 
 
 def test_as_a_reward_it_says_of_what_is_worth_nothing_why() -> None:
     args = Namespace(reward="likelihood", likelihood=str(tiny_policy()), prompts=PROMPTS, micro_batch=2)
     rewards = Rewards(args, "")
-    rewards.model.score = lambda rows, batch: [LIKELY - 1, 0.0, math.nan]
+    rewards.model.score = lambda rows, batch: [LIKELY - 1, math.nan, -9.0, -9.0]
     rows = [(QUERY, GREETING), (QUERY, f"{QUERY}！{GREETING}"), (QUERY, GREETING)]
     found = asyncio.run(rewards.rewards_for(rows))
     assert found[0] == (pytest.approx(1 / math.e), "") and found[1][0] == 0 and "echo" in found[1][1]
@@ -114,17 +123,23 @@ def test_what_was_scored_is_kept_for_the_next_call(tmp_path: Path, monkeypatch: 
 def test_the_likeliest_of_a_query_is_labelled_good_if_it_shows_no_sign(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scores = {"愿您福寿安康，笑口常开。": -1.3, "奶奶，愿您福寿安康，年年有今日。": -0.9, f"{QUERY}！": -0.5}
+    scores = {
+        "愿您福寿安康，笑口常开。": -2.0,
+        "奶奶，愿您笑口常开。": -1.3,
+        "奶奶，愿您福寿安康，年年有今日。": -0.9,
+        f"{QUERY}！": -0.5,
+    }
     scores |= {"祝你前程似锦，学业有成。": math.nan, "节日快乐，好的，祝福语如下：": -0.1}
     monkeypatch.setattr(LanguageModel, "__init__", lambda self, path, prompts: None)
     monkeypatch.setattr(LanguageModel, "scored", lambda self, rows: [(n, scores[row[1]]) for n, row in enumerate(rows)])
-    queries = [QUERY, QUERY, QUERY, "毕业赠言", "节日祝福"]
+    queries = [QUERY, QUERY, QUERY, QUERY, "毕业赠言", "节日祝福"]
     judgements = [Judgement(query=query, response=text) for query, text in zip(queries, scores, strict=True)]
     label_best("a model", PROMPTS, judgements, tmp_path / "likelihood.jsonl")
-    # The echo and the talk about the task are the likeliest of all; a score that is no number is no verdict.
-    assert [one.label for one in judgements] == [0, 1, 0, None, 0]
-    assert [one.error is None for one in judgements] == [True, True, True, False, True]
-    assert judgements[1].judge == {"reason": "-0.90 nats per token", "verdict": 1} and judgements[1].model == "a model"
+    # The echo and the talk about the task are the likeliest of all; what is less than a nat below the best is no worse;
+    # a score that is no number is no verdict.
+    assert [one.label for one in judgements] == [0, None, 1, 0, None, 0]
+    assert [one.error is None for one in judgements] == [True, True, True, True, False, True]
+    assert judgements[2].judge == {"reason": "-0.90 nats per token", "verdict": 1} and judgements[2].model == "a model"
 
 
 def test_step_1_labels_by_likelihood_without_asking_anybody(tmp_path: Path) -> None:
@@ -139,12 +154,18 @@ def test_step_1_labels_by_likelihood_without_asking_anybody(tmp_path: Path) -> N
     assert run_script(*step_1).returncode == 0
     judged = lines(tmp_path / "run/judgements.jsonl")
     scores = {(row["query"], row["response"]): row["score"] for row in lines(tmp_path / "run/likelihood.jsonl")}
-    accepted = {row["query"]: row for row in judged if row["label"]}
-    assert 1 <= len(accepted) == sum(row["label"] for row in judged) <= 12
-    for row in judged:  # what is likelier than the one that is accepted shows a sign
+    accepted = {row["query"]: row for row in judged if row.get("label")}
+    assert 1 <= len(accepted) == sum(row.get("label", 0) for row in judged) <= 12
+    undecided = []
+    for row in judged:  # what is nearly as likely as the one that is accepted has no label, or shows a sign
         best = accepted.get(row["query"])
-        if not best or scores[row["query"], row["response"]] > scores[best["query"], best["response"]]:
-            assert signs(row["query"], row["response"])
+        behind = scores[best["query"], best["response"]] - scores[row["query"], row["response"]] if best else 0.0
+        spoilt = bool(signs(row["query"], row["response"]))
+        assert row.get("label") == (1 if row == best else 0 if spoilt or behind >= APART else None)
+        undecided += [row["id"]] * ("label" not in row)
+    assert undecided
+    fates = {row["id"]: row["fate"] for row in lines(tmp_path / "run/fates.jsonl")}
+    assert all(fates[key].startswith("no label") for key in undecided)
     for pair in lines(tmp_path / "run/preferences.jsonl"):
         assert pair["chosen_id"] in {row["id"] for row in accepted.values()}
     assert 1 <= len(lines(tmp_path / "run/sft.jsonl")) <= len(accepted)
@@ -207,4 +228,7 @@ def test_step_4_needs_a_model_for_it_and_takes_it_as_reward(run: Path, tmp_path:
     report = (run / "report.md").read_text(encoding="utf-8")
     assert "| reward model | likelihood |" in report and "likelihood † trained grpo_likelihood" in report
     scored = lines(run / "scores.jsonl")
-    assert all(row["likely"] == (worth(row["query"], row["response"], row["likelihood"]) == 1) for row in scored)
+    scores = {(row["query"], row["response"]): row["score"] for row in lines(run / "likelihood.jsonl")}
+    for row in scored:
+        hopeful = row["likelihood"] >= LIKELY and not signs(row["query"], row["response"])
+        assert row["likely"] == (hopeful and worth(row["likelihood"], scores[ANYBODY, row["response"]]) == 1)

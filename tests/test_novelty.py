@@ -6,7 +6,6 @@ import statistics
 import pytest
 
 from common.novelty import multiply, novelties, runs_in, take_off
-from common.offline.tiny_model import tiny_policy
 from common.trainers import own_rows
 
 ALIKE = "愿灯火替我守着你的夜。"
@@ -35,14 +34,6 @@ def test_the_shares_are_counted_as_written() -> None:
     assert first == pytest.approx(1 - (1 / 3 + 2 / 3) / 3)
 
 
-def test_likeness_may_be_that_of_sentence_embeddings() -> None:
-    """Any model with hidden states will do: here the tiny one. Copies have cosine 1 beside whatever padding."""
-    rows = [("q", ALIKE), ("q", ALIKE), ("q", DIFFERENT[0] * 3), ("r", DIFFERENT[1])]
-    values = novelties(rows, set(), str(tiny_policy()))
-    assert values[0] == pytest.approx(values[1], abs=1e-4) and values[0] <= 2 / 3 + 1e-4
-    assert values[0] < values[2] < 1 and novelties([("q", "")], set(), str(tiny_policy())) == [0.0]
-
-
 def test_an_empty_text_has_none_and_a_short_one_is_compared_as_a_whole() -> None:
     assert novelties([("q", ""), ("q", "  "), ("q", "早安"), ("q", "早安"), ("q", "晚安")], set()) == pytest.approx(
         [0, 0, 2 / 3, 2 / 3, 1]
@@ -59,7 +50,7 @@ def test_the_order_of_the_rows_does_not_matter() -> None:
 
 def test_without_a_weight_a_reward_is_what_it_was_to_the_bit() -> None:
     rewards, values = [1.0, 0.0, 0.1 + 0.2, None, 1e-17], [0.3, 1.0, 0.0, 0.5, 0.7]
-    assert repr(multiply(rewards, values, 0.0)) == repr(rewards)
+    assert repr(multiply(rewards, values, 0.0, 0.5)) == repr(rewards)
     assert repr(take_off(rewards, values, 0.0, list("aabba"))) == repr(rewards)
 
 
@@ -67,9 +58,11 @@ def test_nonsense_does_not_gain_by_being_new() -> None:
     """Of what the judge refuses, nothing comes above what it accepts; copies that are accepted keep a part."""
     for weight in (0.3, 0.5, 1.0):
         for rewards in ([0.0, 1.0], [0.49, 0.5]):
-            refused, accepted = multiply(rewards, [1.0, 0.0], weight)
+            refused, accepted = multiply(rewards, [1.0, 0.0], weight, 0.5)
             assert refused <= accepted
-    assert multiply([0.0, 1.0, 1.0], [1.0, 0.2, 1.0], 0.5) == pytest.approx([0.0, 0.6, 1.0])
+    assert multiply([0.0, 1.0, 1.0], [1.0, 0.2, 1.0], 0.5, 0.5) == pytest.approx([0.0, 0.6, 1.0])
+    # What a likelihood is worth has no verdict in it: novelty counts however little that is.
+    assert multiply([0.1, 0.1], [0.0, 1.0], 0.5, 0.0) == pytest.approx([0.05, 0.1])
     rng = random.Random(0)
     for _ in range(200):
         scores, values = [rng.gauss(0, 3) for _ in range(8)], [rng.random() for _ in range(8)]
@@ -82,7 +75,7 @@ def test_nonsense_does_not_gain_by_being_new() -> None:
 
 
 def test_a_failed_judgement_stays_one() -> None:
-    assert multiply([None, 1.0], [0.0, 0.0], 0.5) == [None, 0.5]
+    assert multiply([None, 1.0], [0.0, 0.0], 0.5, 0.5) == [None, 0.5]
     assert take_off([None, None], [0.0, 1.0], 0.5, ["q", "q"]) == [None, None]
     assert take_off([None, 1.0, 3.0], [0.0, 0.0, 1.0], 0.5, ["q"] * 3) == [None, 0.5, 3.0]
 

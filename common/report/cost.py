@@ -67,14 +67,9 @@ def cost_figures(run: Path, rows: list[dict], graded_rollouts: list[dict]) -> di
             totals[route] = total(costs, steps)
             curves[route] = cost_curve(route, costs, excellence, graded_rollouts)
     parts = run_folder.read_summary(run, "03_summary").get("parts", {})
-    return {
-        "steps": costs,
-        "totals": totals,
-        "curve": curves,
-        "equal": at_equal_cost(curves),
-        "labels": {"A": 0, "B": parts.get("reflect", 0) + parts.get("validation", 0)},
-        "pairs": run_folder.read_summary(run, "01_summary").get("pairs", 0),
-    }
+    figures = {"steps": costs, "totals": totals, "curve": curves, "equal": at_equal_cost(curves)}
+    figures["labels"] = {"A": 0, "B": parts.get("reflect", 0) + parts.get("validation", 0)}
+    return figures | {"pairs": run_folder.read_summary(run, "01_summary").get("pairs", 0)}
 
 
 def cost_curve(route: str, costs: dict, excellence: dict, graded_rollouts: list[dict]) -> list[dict]:

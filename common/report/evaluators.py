@@ -146,6 +146,8 @@ def evaluate_evaluators(labelled: list[dict], comparisons: list[dict]) -> dict:
             outcomes.append(pair["outcome"])
         if pair["longer_by"]:  # `one` is the good row
             longer_is_good.append(pair["longer_by"] > 0)
+    pairs = {"pairwise": stats.rate(sum(outcomes), len(outcomes))}
+    pairs["null: the longer"] = stats.rate(sum(longer_is_good), len(longer_is_good))
     return {
         "evaluators": agreement_table(clean),
         "evaluators_at_equal_length": agreement_table(balanced(clean)),
@@ -153,8 +155,5 @@ def evaluate_evaluators(labelled: list[dict], comparisons: list[dict]) -> dict:
         "evaluators_on_all_rows": agreement_table(clean + leaked) if leaked else {},
         "leaked": {**leaks, "rows": len(leaked)},
         "labelled_test_rows": len(test),
-        "labelled_pairs": {
-            "pairwise": stats.rate(sum(outcomes), len(outcomes)),
-            "null: the longer": stats.rate(sum(longer_is_good), len(longer_is_good)),
-        },
+        "labelled_pairs": pairs,
     }

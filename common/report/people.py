@@ -136,16 +136,10 @@ def people_figures(
         labels, queries = stats.column(rated, "human_excellent"), stats.column(rated, "query")
         for name, verdicts in verdicts_on(rated, [row for row in labelled if row["part"] != "test"]).items():
             evaluators[name] = stats.agreement(labels, verdicts, queries)
-    return {
-        "raters": len({rating.rater for rating in finished}),
-        "ratings": len(graded),
-        "pairs": len(compared),
-        "half_finished": len(ratings) - len(finished),
-        "alpha": alphas(graded, compared),
-        "evaluators": evaluators,
-        "pairs_agree": agreement_on_pairs(wins, comparisons),
-        "wins": stats.wins_of(wins, names)["judged"],
-    }
+    figures = {"raters": len({rating.rater for rating in finished}), "ratings": len(graded), "pairs": len(compared)}
+    figures |= {"half_finished": len(ratings) - len(finished), "alpha": alphas(graded, compared)}
+    figures |= {"evaluators": evaluators, "pairs_agree": agreement_on_pairs(wins, comparisons)}
+    return figures | {"wins": stats.wins_of(wins, names)["judged"]}
 
 
 def alphas(graded: list[Rating], compared: list[Rating]) -> dict[str, float | None]:
