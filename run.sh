@@ -75,7 +75,7 @@ small() { # what step $1 takes with --small; docs/guide.md says why
     02*) echo "--epochs 1 --learning-rate 1e-4 --batch-size 8 --accumulation 1 --max-length 256 --derived 1 --checks 2 --stress-size 12" ;;
     04*) echo "$writes $sft --sft-batch-size 8 --learning-rate 1e-4 --kl 0.01 --steps 20" \
       "--queries-per-step 4 --mini-batch 4 --samples 8 --micro-batch 8 --novelty 0.5 --save-every 1 --watch-every 10 --watch-queries 24" ;;
-    05*) echo "$writes --queries $(some queries_heldout 6) --samples 1${offline:+ --search 6}" ;;
+    05*) echo "$writes --queries $(some queries_heldout 4) --samples 1${offline:+ --search 6}" ;;
   esac
 }
 

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """What a blind reader says of the policies of a run.
 
-    python bench/reading.py [--wanted FILE] [--key FILE] [--read FILE] [--second FILE]
+    python bench/reading.py [--wanted FILE] [--key FILE] [--read FILE] [--second FILE] [--scored outputs/small]
     python bench/reading.py --run outputs/small --wanted FILE --key FILE    # writes the first two, of a finished run
 
 Joins three files of rows {id, ...}: the greetings that were to be read, {query, response}, shuffled; who wrote them,
 {policy}, which the reader did not see; and what he said, {acceptable 0|1, five grades of 1 to 3, flaw}. Prints for each
-policy the share that he would send and the weighted mean grade, beside what shows a sign of a spoilt text by rule, and
-the differences between policies, paired by query.
+policy the share that he would send and the weighted mean grade, beside what shows a sign of a spoilt text by rule and
+how many texts differ, and the differences between policies, paired by query. With --scored, a run whose step 5 scored
+these greetings, also how far each of its evaluators agrees with him on them.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from common import records, stats
 from common.answers import WEIGHTS
 from common.greetings import OWN
 from common.report.figures import STEPS
-from common.report.readings import reader_s_grade
+from common.report.readings import reader_s_grade, readings_figures
 from common.run_folder import digest
 from common.signs import signs
 
@@ -46,6 +47,7 @@ def main() -> None:
     for name in ("wanted", "key", "read"):
         parser.add_argument(f"--{name}", type=Path, default=ROOT / f"docs/readings_{name}.jsonl", help="%(default)s")
     parser.add_argument("--second", type=Path, help="what a second reader said of the same: kappa of the two")
+    parser.add_argument("--scored", type=Path, help="the run, whose evaluators are held beside the reader")
     parser.add_argument("--run", type=Path, help="a finished run, of whose greetings to write --wanted and --key")
     args = parser.parse_args()
     if args.run:
@@ -63,8 +65,10 @@ def main() -> None:
         if own := stats.where(rows, "policy", name):
             groups[name] = own
 
-    print(f"| policy | reader accepts | grade | {' | '.join(WEIGHTS)} | a sign of a spoilt text | n |")
-    print(f"|---|---|---|{'---|' * len(WEIGHTS)}---|---|")
+    print(
+        f"| policy | reader accepts | grade | {' | '.join(WEIGHTS)} | a sign of a spoilt text | different texts | n |"
+    )
+    print(f"|---|---|---|{'---|' * len(WEIGHTS)}---|---|---|")
     for name, own in groups.items():
         accepted = sum(stats.column(own, "acceptable"))
         cells = [
@@ -73,7 +77,8 @@ def main() -> None:
             shown(stats.mean_of(own, "grade")),
         ]
         cells += [f"{sum(stats.column(own, grade)) / len(own):.2f}" for grade in WEIGHTS]
-        cells += [f"{sum(stats.column(own, 'signs')) / len(own):.0%}", str(len(own))]
+        different = len(set(stats.column(own, "response")))
+        cells += [f"{sum(stats.column(own, 'signs')) / len(own):.0%}", str(different), str(len(own))]
         print(f"| {' | '.join(cells)} |")
 
     if args.second:
@@ -92,6 +97,22 @@ def main() -> None:
             means = [stats.query_means(groups[name], column) for name in (after, before)]
             gaps.append(stats.paired_difference(*means))
         print(f"| {after} over {before} | {shown(gaps[0], '+.0%')} | {shown(gaps[1], '+.2f')} |")
+    if args.scored:
+        print_evaluators(args.scored, rows)
+
+
+def print_evaluators(run: Path, rows: list[dict]) -> None:
+    """How many of these greetings each evaluator of the run accepts, and how far the reader agrees."""
+    scores = {(row["policy"], row["query"], row["response"]): row for row in records.read_lines(run / "scores.jsonl")}
+    labelled = [row for row in records.read_lines(run / "labelled_scores.jsonl") if row["part"] != "test"]
+    both = [scores[row["policy"], row["query"], row["response"]] | row for row in rows]
+    print("\n| evaluator | accepts | the reader too | kappa | correlation of grades |\n|---|---|---|---|---|")
+    for name, figures in readings_figures(both, labelled).items():
+        shared, grades = figures["shared"], figures["grades"]
+        kappa = f"{figures['kappa']:+.2f} [{figures['kappa_lo']:+.2f}, {figures['kappa_hi']:+.2f}]"
+        accepted = shown(shared, ".0%") if shared["n"] else "-"
+        correlation = shown(grades, "+.2f") if grades["value"] is not None else "-"
+        print(f"| {name} | {shared['n']} | {accepted} | {kappa} | {correlation} |")
 
 
 def shown(figure: dict, form: str = ".2f") -> str:

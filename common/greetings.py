@@ -35,15 +35,15 @@ class Policy(NamedTuple):
     @property
     def trained_on(self) -> list[str]:
         """The evaluators that it was trained on, whose scores are no independent evidence for it: its reward, the
-        rubric where that told the reward model what it overrates (02 --hard), likelihood where it made the labels (01).
+        rubric where that told the reward model what it overrates (02 --hard), and who made the labels (01).
         """
         if not self.adapter:
             return []
         own, run = [REWARDS[self.adapter.name]] if self.adapter.name in REWARDS else [], self.adapter.parent
         if own == ["reward_model"] and run_folder.read_summary(run, "02_summary").get("hard"):
             own.append("rubric")
-        if run_folder.read_summary(run, "01_summary").get("settings", {}).get("labels") == "likelihood":
-            own.append("likelihood")
+        if labelling := run_folder.read_summary(run, "01_summary"):
+            own.append(labelling["settings"].get("labels", "agents"))
         return sorted(set(own))
 
 

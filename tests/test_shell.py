@@ -201,7 +201,7 @@ def test_the_small_run_takes_pretrained_models_and_what_it_can_reward_by(shell: 
         assert (flags["--policy"], flags["--bits"], flags["--run"]) == ("weights", "16", "x y")
         assert flags["--likelihood"] == "Qwen/Qwen2.5-1.5B-Instruct" and "--offline" in step
     assert {"--labels", "likelihood"} <= set(steps[0]) and "--candidates" not in steps[0]
-    for name, rows in (("references", 118), ("queries_heldout", 44)):
+    for name, rows in (("references", 118), ("queries_heldout", 65)):
         assert len((shell / f"outputs/some_{name}.jsonl").read_text(encoding="utf-8").splitlines()) == rows
     # With an endpoint its agents label, references too, its judge is the reward, and nothing is offline.
     steps = asked(shell, 0, "--small", "--base-url", "http://127.0.0.1:1/v1", gpu=False)
