@@ -32,7 +32,7 @@ from common.engine import Writer, add_engine_flag, choose_engine
 from common.failures import what_next
 from common.greetings import write_greetings
 from common.lexicon import LEXICON_FILE
-from common.likelihood import label_best
+from common.likelihood import APART, label_best
 from common.policy import add_policy_flags, find_policy, load_tokenizer, model_folder, policy_path, silence_libraries
 from common.prompts import conversation, prompt_hashes
 from common.records import Candidate, Demonstration, Judgement, Preference, Query, Reference
@@ -130,6 +130,7 @@ def judging_settings(args: argparse.Namespace) -> dict:
     else:
         roles, settings = ["policy"], run_folder.settings(args, "screening", "labels", "likelihood")
         settings |= {"references": run_folder.file_hash(args.references), "signs": run_folder.file_hash(LEXICON_FILE)}
+        settings["apart"] = APART
     candidates = run_folder.file_hash(args.run / "candidates.jsonl")
     return settings | {"prompts": prompt_hashes(roles, args.prompts), "candidates": candidates}
 
@@ -380,7 +381,8 @@ def main(args: argparse.Namespace) -> int:
     code, advice = what_next(figures["failures"])
     accepted, longer = figures["accepted"]["value"] or 0, figures["longer_wins"]["value"]
     training = f"{figures['pairs']} pairs and {figures['sft']} SFT rows in {args.run}"
-    print(f"01: {figures['judged']} greetings judged, {accepted:.0%} accepted; {training}")
+    labels = f"{accepted:.0%} of {figures['accepted']['n']} labels accept"
+    print(f"01: {figures['judged']} greetings judged, {labels}; {training}")
     if longer is not None:
         print(f"01: the longer text wins {longer:.0%} of the pairs of different length")
     if failures:

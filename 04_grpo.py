@@ -51,6 +51,7 @@ from common.endpoint import add_endpoint_flags, endpoint_name
 from common.engine import adapter_sync, add_engine_flag, choose_engine
 from common.grpo_trainer import GAP, grpo_trainer
 from common.judge import current_principles
+from common.likelihood import WORTH
 from common.memory import add_memory_flags, check_gpu, engine_share, peak_gib, show_plan, uses_likelihood
 from common.novelty import learnt_by_heart
 from common.policy import (
@@ -295,6 +296,8 @@ def open_stage(args: argparse.Namespace, base: str) -> run_folder.Stage:
             outputs += [f"watch_{args.reward}.jsonl", f"{args.name}_best"]
     if uses_likelihood(args):
         settings["likelihood"] = args.likelihood
+    if args.reward == "likelihood":
+        settings["worth"] = WORTH
     if args.reward == "rm":
         check_adapter(args.rm, base)
         settings["rm"] = run_folder.file_hash(args.rm)

@@ -42,7 +42,7 @@ from common.engine import Writer
 from common.failures import what_next
 from common.greetings import Policy, client_at, greeting_settings, greetings_of, parse_greeting_args, present_policies
 from common.judge import Version, add_grades, add_verdict, current_principles
-from common.likelihood import add_likelihoods
+from common.likelihood import WORTH, add_likelihoods
 from common.policy import load_tokenizer, policy_path, silence_libraries
 from common.prompts import prompt_hashes
 from common.report import bought
@@ -218,13 +218,18 @@ def search(args: argparse.Namespace, base: str, labelled: list[dict]) -> Counter
 
 def evaluators(args: argparse.Namespace, prompts: list[str]) -> dict:
     """What the evaluators depend on, in the settings of both stages that ask them."""
-    return run_folder.settings(args, "models", *["likelihood"] * bool(args.likelihood)) | {
-        "labelled": run_folder.file_hash(args.labelled),
-        "endpoint": endpoint_name(args),
-        "prompts": prompt_hashes(prompts, args.prompts),
-        "principles": run_folder.file_hash(args.run / "principles.jsonl"),
-        "rm": run_folder.file_hash(args.run / "rm/adapter_model.safetensors"),
-    }
+    likelihood = {"likelihood": args.likelihood, "worth": WORTH} if args.likelihood else {}
+    return (
+        run_folder.settings(args, "models")
+        | likelihood
+        | {
+            "labelled": run_folder.file_hash(args.labelled),
+            "endpoint": endpoint_name(args),
+            "prompts": prompt_hashes(prompts, args.prompts),
+            "principles": run_folder.file_hash(args.run / "principles.jsonl"),
+            "rm": run_folder.file_hash(args.run / "rm/adapter_model.safetensors"),
+        }
+    )
 
 
 def scores_stage(args: argparse.Namespace, policies: list[Policy]) -> Stage:

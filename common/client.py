@@ -154,13 +154,8 @@ class Client:
             Unusable: no usable answer came; str() of it is the reason.
             Stop: no question will be answered any more.
         """
-        request = {
-            "model": self.model,
-            "messages": render(role, self.args.prompts, **slots),
-            "temperature": temperature,
-            "max_tokens": MAX_TOKENS,
-            "seed": self.args.seed + sample,
-        }
+        request = {"model": self.model, "messages": render(role, self.args.prompts, **slots)}
+        request |= {"temperature": temperature, "max_tokens": MAX_TOKENS, "seed": self.args.seed + sample}
         if answer is not Text:
             request["response_format"] = response_format(role, answer)
         if answer is GradedVerdict:

@@ -20,6 +20,7 @@ from common.signs import signs
 LIKELY = -1.4  # nats per token; chosen on data/readings.jsonl, see bench/README.md
 HELPED = 0.5  # nats per token by which its query has to make a text likelier than ANYBODY does
 ANYBODY = "写一句祝福语"  # a query that says nothing of whom the greeting is for
+WORTH = (LIKELY, HELPED, ANYBODY)  # what a worth depends on, besides the model
 APART = 1.0  # nats per token by which a text must be less likely than the best of its query to be called worse
 BATCH, TYPICAL = 16, 128  # conversations in one pass, of so many tokens; of longer ones fewer
 
@@ -70,7 +71,7 @@ class LanguageModel:
         return values
 
     def scored(self, rows: list[tuple[str, str]], batch_size: int = BATCH) -> Iterator[tuple[int, float]]:
-        """The same, as it is computed, the longest first: (number of the row, score)."""
+        """What `score` returns, as it is computed, the longest first: (number of the row, score)."""
         sequences = [self.tokens_of(query, text) for query, text in rows]
         longest_first = sorted(range(len(rows)), key=lambda number: -len(sequences[number][0]))
         with slow_bar(len(rows), "likelihood", "text") as count:
@@ -131,16 +132,17 @@ def scores_of(path: str, prompts: Path, rows: list[tuple[str, str]], kept: Path)
 def add_likelihoods(path: str, prompts: Path, rows: list[dict], kept: Path) -> None:
     """Add to every row `likelihood`, its score, and `likely`: 1 if it is worth as much as a text can be, else 0.
 
-    A score that is no number leaves both empty.
+    What depends on a score that is no number stays empty.
     """
     texts = [(row["query"], row["response"]) for row in rows]
     scores = dict(zip(texts, scores_of(path, prompts, texts, kept), strict=True))
     likely = [text for text, score in scores.items() if score is not None and score >= LIKELY and not signs(*text)]
     for_anybody = scores_of(path, prompts, [(ANYBODY, text) for _, text in likely], kept)
-    worths = {text: worth(scores[text], score or math.nan) for text, score in zip(likely, for_anybody, strict=True)}
+    verdicts = {text: None if score is None else 0 for text, score in scores.items()}
+    for text, score in zip(likely, for_anybody, strict=True):
+        verdicts[text] = None if score is None else int(worth(scores[text], score) == 1)
     for row, text in zip(rows, texts, strict=True):
-        row["likelihood"] = scores[text]
-        row["likely"] = None if scores[text] is None else int(worths.get(text) == 1)
+        row |= {"likelihood": scores[text], "likely": verdicts[text]}
 
 
 def label_best(path: str, prompts: Path, judgements: list[Judgement], kept: Path) -> None:
@@ -160,9 +162,8 @@ def label_best(path: str, prompts: Path, judgements: list[Judgement], kept: Path
     for one, score in zip(judgements, scores, strict=True):
         if score is None:
             continue
-        highest = best.get(one.query, math.inf)
-        if signs(one.query, one.response) or score <= highest - APART:
+        if signs(one.query, one.response) or score <= best[one.query] - APART:
             one.label = 0
-        elif score == highest:
+        elif score == best[one.query]:
             one.label = 1
         one.judge = {"reason": f"{score:.2f} nats per token", "verdict": one.label}

@@ -69,7 +69,7 @@ class Candidate(Record):
 class Judgement(Candidate):
     """A candidate with what the agents said of it.
 
-    `label` is null where one gave no usable answer (see `error`) and where --labels likelihood found neither.
+    `label` is null where one gave no usable answer (see `error`), and where --labels likelihood cannot tell.
     """
 
     examples: list[str] = []  # ids of the retrieved references

@@ -211,7 +211,7 @@ class Stage:
         self.settings = json.loads(text)  # as they will be read back
         old = read_summary(run / "stages", name)
         present = [output for output in outputs if (run / output).exists()]
-        same = bool(old) and old["settings"] == self.settings
+        same = bool(old) and not self._changed(old["settings"])
         self.done = same and old["done"] and len(present) == len(outputs)
         self.replaced = bool(old) and not same
         if not main_process():  # the first process looks after the files
@@ -225,9 +225,13 @@ class Stage:
         if not self.done:  # also where it was done once and an output is gone
             self._save(done=False)
 
-    def _refuse(self, before: dict) -> NoReturn:
+    def _changed(self, before: dict) -> list[str]:
+        """The settings that differ; one that is null is as good as none, which a version without it wrote."""
         both = before.keys() | self.settings.keys()
-        changed = sorted(name for name in both if before.get(name) != self.settings.get(name))
+        return sorted(name for name in both if before.get(name) != self.settings.get(name))
+
+    def _refuse(self, before: dict) -> NoReturn:
+        changed = self._changed(before)
         old = ", ".join(f"{name}={before.get(name)}" for name in changed)
         new = ", ".join(f"{name}={self.settings.get(name)}" for name in changed)
         fail(

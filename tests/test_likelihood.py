@@ -120,6 +120,40 @@ def test_what_was_scored_is_kept_for_the_next_call(tmp_path: Path, monkeypatch: 
     assert all(row["likelihood"] is row["likely"] is None for row in third)
 
 
+def test_likely_is_what_is_worth_one_and_what_failed_is_no_verdict(tmp_path: Path, monkeypatch) -> None:
+    texts = {"愿您福寿安康。": -1.0, "祝您万事如意。": -1.0, "愿您笑口常开。": -1.0, "愿您年年有今日。": LIKELY - 0.1}
+    anybody = {"愿您福寿安康。": -1.0 - HELPED, "祝您万事如意。": -0.9 - HELPED, "愿您笑口常开。": math.nan}
+
+    def scored(self, rows: list[tuple[str, str]]) -> list[tuple[int, float]]:
+        return [(n, (anybody if query == ANYBODY else texts)[text]) for n, (query, text) in enumerate(rows)]
+
+    monkeypatch.setattr(LanguageModel, "__init__", lambda self, path, prompts: None)
+    monkeypatch.setattr(LanguageModel, "scored", scored)
+    rows = [{"query": QUERY, "response": text} for text in texts]
+    add_likelihoods("a model", PROMPTS, rows, tmp_path / "likelihood.jsonl")
+    assert [row["likely"] for row in rows] == [1, 0, None, 0]
+    assert [row["likelihood"] for row in rows] == list(texts.values())
+
+
+def test_novelty_counts_for_every_worth_but_lifts_nothing_that_the_judge_refuses(tmp_path: Path) -> None:
+    args = Namespace(likelihood=str(tiny_policy()), prompts=PROMPTS, novelty=0.5, run=tmp_path)
+    for reward, copy, new_one in (("likelihood", 0.2 * (1 - 0.5 / 3), 0.2), ("judge", 0.1, 0.1)):
+        args.reward = "likelihood"  # whose model is at hand; the second time its values pass for a judge's
+        rewards = Rewards(args, "")
+        rewards.args.reward = reward
+
+        async def values(rows: list[tuple[str, str]]) -> list[tuple[float, str]]:
+            return [(0.2, "")] * len(rows)
+
+        rewards.rewards_for = values
+        same = [[{"role": "assistant", "content": "愿您福寿安康，笑口常开。"}]] * 2
+        new = [[{"role": "assistant", "content": "灶上温着一碗红豆粥。"}]]
+        state, log = Namespace(global_step=0), lambda name, value: None
+        asked = [QUERY, "给外公祝寿", "早安"]
+        taught = asyncio.run(rewards([*same, *new], asked, state, log))
+        assert taught == pytest.approx([copy, copy, new_one])
+
+
 def test_the_likeliest_of_a_query_is_labelled_good_if_it_shows_no_sign(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

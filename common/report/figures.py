@@ -64,20 +64,16 @@ def report_figures(args: argparse.Namespace, policies: list[Policy], scored: Sco
     if len(ranked) > 1:
         lead = stats.paired_difference(*(stats.query_means(rows_of[name], "excellent") for name in ranked[:2]))
 
-    return {
-        "policies": tables,
-        "characters": characters,
-        "ranked": ranked,
-        "lead": lead,
-        "differences": differences(rows_of),
-        "wins": stats.wins_of(of_policies, names),
-        **evaluate_evaluators(scored.labelled, scored.comparisons),
-        "readings": readings_figures(scored.readings, [row for row in scored.labelled if row["part"] != "test"]),
-        "cost": cost_figures(args.run, rows, scored.rollouts),
-        "people": people_figures(ratings, rows, scored.comparisons, scored.labelled, names) if ratings else None,
-        "ledger": open_store(args, "05").ledger(),
-        "ablations": records.read_lines(args.run / "ablations.jsonl"),
-    }
+    figures = {"policies": tables, "characters": characters, "ranked": ranked, "lead": lead}
+    figures |= {"differences": differences(rows_of), "wins": stats.wins_of(of_policies, names)}
+    figures |= evaluate_evaluators(scored.labelled, scored.comparisons)
+    seen = [row for row in scored.labelled if row["part"] != "test"]
+    figures |= {"readings": readings_figures(scored.readings, seen), "people": None}
+    if ratings:
+        figures["people"] = people_figures(ratings, rows, scored.comparisons, scored.labelled, names)
+    figures["cost"] = cost_figures(args.run, rows, scored.rollouts)
+    figures["ablations"] = records.read_lines(args.run / "ablations.jsonl")
+    return figures | {"ledger": open_store(args, "05").ledger()}
 
 
 def policy_figures(rows: list[dict], policy: Policy, characters: int, learnt: dict[str, set[str]]) -> dict:
@@ -100,18 +96,11 @@ def policy_figures(rows: list[dict], policy: Policy, characters: int, learnt: di
     copied = {}
     for source, runs in learnt.items():
         copied[source] = round(sum(not runs.isdisjoint(runs_of_12([text])) for text in texts) / len(texts), 4)
-    return figures | {
-        "constraints": constraints_kept(rows),
-        "trained_on": policy.trained_on,
-        "length": round(sum(map(len, texts)) / len(texts), 1),
-        **diversity(texts, characters),
-        "distinct_texts": round(len(set(texts)) / len(texts), 4),
-        "commonest_opening": [opening, round(times / len(texts), 4)],
-        "copied_12": copied,
-        "self_overlap": self_overlap(rows),
-        "greetings": len(rows),
-        "dimensions": dimensions,
-    }
+    figures |= {"greetings": len(rows), "constraints": constraints_kept(rows), "trained_on": policy.trained_on}
+    figures |= {"length": round(sum(map(len, texts)) / len(texts), 1), "self_overlap": self_overlap(rows)}
+    figures |= {"distinct_texts": round(len(set(texts)) / len(texts), 4), "copied_12": copied}
+    figures["commonest_opening"] = [opening, round(times / len(texts), 4)]
+    return figures | diversity(texts, characters) | {"dimensions": dimensions}
 
 
 def constraints_kept(rows: list[dict]) -> dict:
