@@ -105,7 +105,11 @@ def print_evaluators(run: Path, rows: list[dict]) -> None:
     """How many of these greetings each evaluator of the run accepts, and how far the reader agrees."""
     scores = {(row["policy"], row["query"], row["response"]): row for row in records.read_lines(run / "scores.jsonl")}
     labelled = [row for row in records.read_lines(run / "labelled_scores.jsonl") if row["part"] != "test"]
-    both = [scores[row["policy"], row["query"], row["response"]] | row for row in rows]
+    both = []
+    for row in rows:
+        if (written := (row["policy"], row["query"], row["response"])) not in scores:
+            sys.exit(f"{run / 'scores.jsonl'} has no score of greeting {row['id']}: it is another run that was read")
+        both.append(scores[written] | row)
     print("\n| evaluator | accepts | the reader too | kappa | correlation of grades |\n|---|---|---|---|---|")
     for name, figures in readings_figures(both, labelled).items():
         shared, grades = figures["shared"], figures["grades"]
