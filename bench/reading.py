@@ -26,7 +26,8 @@ from common.report.readings import reader_s_grade, readings_figures
 from common.run_folder import digest
 from common.signs import signs
 
-POLICIES = ("base", *OWN)
+AGAIN = "grpo_rm_hard"  # of GRPO after a round of 02 --hard, where a key names one
+POLICIES = ("base", *OWN, AGAIN)
 
 
 def write_wanted(args: argparse.Namespace) -> None:
@@ -88,15 +89,17 @@ def main() -> None:
         interval = f"[{agree['kappa_lo']:.2f}, {agree['kappa_hi']:.2f}]"
         print(f"\nkappa of two readers {agree['kappa']:.2f} {interval}, n {agree['n']}")
 
-    print("\n| difference, paired by query | reader accepts | grade |\n|---|---|---|")
-    for after, before in STEPS:
+    print("\n| difference, paired by query | reader accepts | grade | a sign of a spoilt text |\n|---|---|---|---|")
+    for after, before in [*STEPS, (AGAIN, "sft"), (AGAIN, "grpo_rm")]:
         if not {after, before} <= groups.keys():
             continue
         gaps = []
-        for column in ("acceptable", "grade"):
+        for column in ("acceptable", "grade", "signs"):
             means = [stats.query_means(groups[name], column) for name in (after, before)]
             gaps.append(stats.paired_difference(*means))
-        print(f"| {after} over {before} | {shown(gaps[0], '+.0%')} | {shown(gaps[1], '+.2f')} |")
+        accepted, grade, spoilt = gaps
+        cells = [shown(accepted, "+.0%"), shown(grade, "+.2f"), shown(spoilt, "+.0%")]
+        print(f"| {after} over {before} | {' | '.join(cells)} |")
     if args.scored:
         print_evaluators(args.scored, rows)
 
