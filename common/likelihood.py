@@ -17,8 +17,9 @@ from common.records import Judgement
 from common.run_folder import slow_bar
 from common.signs import signs
 
-LIKELY = -1.4  # nats per token; chosen on data/readings.jsonl, see bench/README.md
-HELPED = 0.5  # nats per token by which its query has to make a text likelier than ANYBODY does
+# Nats per token, both chosen on readings: bench/README.md.
+LIKELY = -1.4
+HELPED = 0.5  # by which its query has to make a text likelier than ANYBODY does
 ANYBODY = "写一句祝福语"  # a query that says nothing of whom the greeting is for
 WORTH = (LIKELY, HELPED, ANYBODY)  # what a worth depends on, besides the model
 APART = 1.0  # nats per token by which a text must be less likely than the best of its query to be called worse
@@ -148,8 +149,7 @@ def add_likelihoods(path: str, prompts: Path, rows: list[dict], kept: Path) -> N
 def label_best(path: str, prompts: Path, judgements: list[Judgement], kept: Path) -> None:
     """Label the likeliest text of each query, of those without a sign of a spoilt text, 1.
 
-    What shows a sign or is less likely by APART gets 0. What lies between gets no label: it is hardly worse, and from
-    such pairs a reward model learns noise.
+    What shows a sign or is less likely by APART gets 0. What lies between gets no label: it is hardly worse.
     """
     scores = scores_of(path, prompts, [(one.query, one.response) for one in judgements], kept)
     best: dict[str, float] = {}  # query -> the highest score of a text without a sign
