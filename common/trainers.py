@@ -141,8 +141,9 @@ def drop_rows_after(path: Path, last_step: int) -> None:
 
 
 def last_checkpoint(checkpoints: Path) -> Path | None:
-    """The last one that is whole, if there is one: trainer_state.json is written when all else is."""
-    whole = [path.parent for path in checkpoints.glob("checkpoint-*/trainer_state.json")]
+    """The last one that is whole, if there is one: trainer_state.json is written last, and ends with a brace."""
+    states = checkpoints.glob("checkpoint-*/trainer_state.json")
+    whole = [path.parent for path in states if path.read_text(encoding="utf-8").endswith("\n}\n")]
     return max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
 
 

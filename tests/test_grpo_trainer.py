@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
 
 from common.grpo_trainer import GAP_NOISE, PASS, gap_limit, grpo_trainer, pass_sizes
 from common.offline.tiny_model import tiny_policy
@@ -217,5 +216,5 @@ def test_the_seed_reaches_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM))
     monkeypatch.setitem(sys.modules, "vllm.lora", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "vllm.lora.request", SimpleNamespace(LoRARequest=None))
-    served = engine.engine_class(str(ROOT), 16, 16, seed=7)(seed=0).options
+    served = engine.engine_class(str(tiny_policy()), 16, 16, seed=7)(seed=0).options
     assert served["seed"] == 7 and served["hf_overrides"] == {"head_dtype": "float32"}

@@ -256,7 +256,7 @@ def test_step_4_needs_a_model_for_it_and_takes_it_as_reward(run: Path, tmp_path:
     assert done.returncode == 0, done.stderr
     summary = json.loads((run / "05_summary.json").read_text(encoding="utf-8"))
     policy = summary["policies"]["grpo_likelihood"]
-    assert policy["trained_on"] == ["likelihood"] and policy["likely"]["n"] == 30
+    assert policy["trained_on"] == ["agents", "likelihood"] and policy["likely"]["n"] == 30
     assert {"likelihood"} <= summary["readings"].keys() & summary["evaluators"].keys() & summary["bought"].keys()
     assert summary["differences"][-1]["after"] == "grpo_likelihood" and "likely" in summary["differences"][-1]
     report = (run / "report.md").read_text(encoding="utf-8")

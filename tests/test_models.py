@@ -15,7 +15,13 @@ from conftest import ROOT
 from datasets import Dataset
 from peft import get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    TrainerState,
+)
 
 from common import engine, policy
 from common.offline.flaws import flaws_of
@@ -400,6 +406,21 @@ def sft(base: str, queries: list[str], tmp_path: Path) -> Callable[[float], trl.
         )  # fmt: skip
 
     return make
+
+
+def test_a_checkpoint_that_a_kill_left_half_written_is_none(tmp_path: Path) -> None:
+    assert last_checkpoint(tmp_path) is None
+    state = TrainerState(global_step=2, log_history=[{"loss": 1.0, "step": 1}])
+    for step in (2, 10, 4):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        state.save_to_json(str(folder / "trainer_state.json"))
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    file = tmp_path / "checkpoint-10/trainer_state.json"
+    whole = file.read_text(encoding="utf-8")
+    for length in range(len(whole)):
+        file.write_text(whole[:length], encoding="utf-8")
+        assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
 
 
 def test_a_training_that_was_killed_after_its_end_makes_no_further_update(sft: Callable, tmp_path: Path) -> None:
