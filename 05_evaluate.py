@@ -218,18 +218,13 @@ def search(args: argparse.Namespace, base: str, labelled: list[dict]) -> Counter
 
 def evaluators(args: argparse.Namespace, prompts: list[str]) -> dict:
     """What the evaluators depend on, in the settings of both stages that ask them."""
-    likelihood = {"likelihood": args.likelihood, "worth": WORTH} if args.likelihood else {}
-    return (
-        run_folder.settings(args, "models")
-        | likelihood
-        | {
-            "labelled": run_folder.file_hash(args.labelled),
-            "endpoint": endpoint_name(args),
-            "prompts": prompt_hashes(prompts, args.prompts),
-            "principles": run_folder.file_hash(args.run / "principles.jsonl"),
-            "rm": run_folder.file_hash(args.run / "rm/adapter_model.safetensors"),
-        }
-    )
+    settings = {"labelled": run_folder.file_hash(args.labelled), "endpoint": endpoint_name(args)}
+    settings |= {"prompts": prompt_hashes(prompts, args.prompts)}
+    settings["principles"] = run_folder.file_hash(args.run / "principles.jsonl")
+    settings["rm"] = run_folder.file_hash(args.run / "rm/adapter_model.safetensors")
+    if args.likelihood:
+        settings |= {"likelihood": args.likelihood, "worth": WORTH}
+    return settings | run_folder.settings(args, "models")
 
 
 def scores_stage(args: argparse.Namespace, policies: list[Policy]) -> Stage:
