@@ -20,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bench.reading import joined
 from common import records, stats
 from common.likelihood import ANYBODY, LIKELY, add_likelihoods, scores_of, worth
 from common.policy import model_folder
@@ -52,11 +53,7 @@ def readings(args: argparse.Namespace) -> tuple[list[dict], tuple[str, ...]]:
     if not args.read:
         rows = [row.model_dump() for row in records.read(ROOT / "data/readings.jsonl", Reading, unique=False)]
         return rows, WRITERS
-    key, read = ({row["id"]: row for row in records.read_lines(path)} for path in (args.key, args.read))
-    rows = []
-    for greeting in records.read_lines(args.wanted):
-        rows.append(greeting | read[greeting["id"]] | {"writer": key[greeting["id"]]["policy"]})
-    return rows, ("base", "sft", "grpo", "")
+    return [row | {"writer": row["policy"]} for row in joined(args)], ("base", "sft", "grpo", "")
 
 
 def by_step(args: argparse.Namespace) -> None:

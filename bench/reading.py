@@ -43,6 +43,12 @@ def write_wanted(args: argparse.Namespace) -> None:
     print(f"{len(rows)} greetings to read in {args.wanted}; who wrote them: {args.key}")
 
 
+def joined(args: argparse.Namespace) -> list[dict]:
+    """The greetings of --wanted, each with its policy, from --key, and what the reader said of it, from --read."""
+    key, read = ({row["id"]: row for row in records.read_lines(path)} for path in (args.key, args.read))
+    return [row | key[row["id"]] | read[row["id"]] for row in records.read_lines(args.wanted)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("wanted", "key", "read"):
@@ -54,10 +60,8 @@ def main() -> None:
     if args.run:
         write_wanted(args)
         return
-    key, read = ({row["id"]: row for row in records.read_lines(path)} for path in (args.key, args.read))
     rows = []
-    for greeting in records.read_lines(args.wanted):
-        row = greeting | key[greeting["id"]] | read[greeting["id"]]
+    for row in joined(args):
         spoilt = bool(signs(row["query"], row["response"]))
         rows.append(row | {"query_id": row["query"], "grade": reader_s_grade(row), "signs": spoilt})
 
