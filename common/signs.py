@@ -125,7 +125,8 @@ def truncated(query: str, text: str) -> bool:
 
 def off_target(query: str, text: str) -> bool:
     """Another occasion, somebody else addressed, or a constraint of the query broken."""
-    return other_occasion(query, text) or calls_somebody_else(query, text) or bool(broken(query, text))
+    to_another = calls_somebody_else(query, text) or said_to_another(query, text)
+    return other_occasion(query, text) or to_another or bool(broken(query, text))
 
 
 def other_occasion(query: str, text: str) -> bool:
@@ -141,6 +142,15 @@ def other_occasion(query: str, text: str) -> bool:
 def calls_somebody_else(query: str, text: str) -> bool:
     """Whether a form of address fits none of those for whom the query asks."""
     return addresses(text, lexicon.strangers(query))
+
+
+def said_to_another(query: str, text: str) -> bool:
+    """Whether "your girlfriend" is wished well where the query asks for words to her, and names nobody else."""
+    wanted = lexicon.recipients_in(query)
+    if len(wanted) != 1:  # to whom are words for a sister, about her son?
+        return False
+    person = lexicon.RECIPIENTS[next(iter(wanted))]["asked"]
+    return bool(re.search(f"(祝|愿|祝福|恭喜)[你您]们?的?({person})", text))
 
 
 SIGNS = {sign.__name__: sign for sign in (echo, no_greeting, task_talk, form, plea, damage, off_target)}

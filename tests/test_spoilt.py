@@ -11,7 +11,7 @@ from conftest import ROOT
 from common.constraints import broken as breaks
 from common.lexicon import clauses, core
 from common.records import Labelled, Preference, Reference, read
-from common.signs import calls_somebody_else, echo, form, no_greeting, signs, task_talk
+from common.signs import calls_somebody_else, echo, form, no_greeting, said_to_another, signs, task_talk
 from common.spoilt import (
     CHOICE,
     FAMILIES,
@@ -127,6 +127,10 @@ def test_signs_in_words_of_no_template() -> None:
     assert task_talk("早安", "1. 早安！2. 早上好！") and not task_talk("早安", "早安，豆浆在桌上，路上慢点。")
     assert form("生日祝福", "生日快乐！又：元宵节快乐。") and not form("生日", "周末回家，生日快乐。")
     assert calls_somebody_else("妈妈生日", "领导，生日快乐。") and not calls_somebody_else("妈妈生日", "妈，生日快乐。")
+    assert said_to_another("给女友的晚安", "祝你女友晚安，万事如意。")
+    assert not said_to_another("给女友的晚安", "晚安，祝你好梦。")
+    assert not said_to_another("给姐姐 外甥女满月", "姐姐，祝你女儿满月快乐。")
+    assert not said_to_another("同事的老婆生日", "祝你老婆生日快乐，蛋糕我来订。")
     assert breaks("父亲节 八个字", "爸爸，父亲节快乐，愿您每一天都开心。")
     assert signs("生日", "") == {"damage"}
 
