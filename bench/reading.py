@@ -111,7 +111,7 @@ def main() -> None:
 def print_evaluators(run: Path, rows: list[dict]) -> None:
     """How many of these greetings each evaluator of the run accepts, and how far the reader agrees."""
     scores = {(row["policy"], row["query"], row["response"]): row for row in records.read_lines(run / "scores.jsonl")}
-    labelled = [row for row in records.read_lines(run / "labelled_scores.jsonl") if row["part"] != "test"]
+    labelled = records.read_lines(run / "labelled_scores.jsonl")
     both = []
     for row in rows:
         if (written := (row["policy"], row["query"], row["response"])) not in scores:

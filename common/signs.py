@@ -146,11 +146,8 @@ def calls_somebody_else(query: str, text: str) -> bool:
 
 def said_to_another(query: str, text: str) -> bool:
     """Whether "your girlfriend" is wished well where the query asks for words to her, and names nobody else."""
-    wanted = lexicon.recipients_in(query)
-    if len(wanted) != 1:  # to whom are words for a sister, about her son?
-        return False
-    person = lexicon.RECIPIENTS[next(iter(wanted))]["asked"]
-    return bool(re.search(f"(祝|愿|祝福|恭喜)[你您]们?的?({person})", text))
+    words = [lexicon.RECIPIENTS[name]["asked"] for name in lexicon.recipients_in(query)]
+    return len(words) == 1 and bool(re.search(f"(祝|愿|祝福|恭喜)[你您]们?的?({words[0]})", text))
 
 
 SIGNS = {sign.__name__: sign for sign in (echo, no_greeting, task_talk, form, plea, damage, off_target)}

@@ -7,7 +7,7 @@ from common.records import Labelled, Reference, read
 from common.report.readings import Reading, reader_s_grade, readings_figures
 from common.stats import correlation
 
-SEEN = [{"response": "长" * n, "label": int(n > 10)} for n in range(1, 21)]
+LABELLED = [{"response": "长" * n, "label": int(n > 10), "part": "reflect"} for n in range(1, 21)]
 
 
 def reading(number: int, acceptable: int, grade: int, **scores: object) -> dict:
@@ -28,7 +28,7 @@ def test_an_evaluator_stands_or_falls_with_what_the_reader_shares() -> None:
             "agents": number < 3,
         }
         rows.append(reading(number, good, 1 + 2 * good, **scores))
-    figures = readings_figures(rows, SEEN)
+    figures = readings_figures(rows, LABELLED)
     assert figures.keys() == {"rubric", "judge", "agents", "null: length", "null: n-grams"}
     judge, rubric, agents = (figures[name] for name in ("judge", "rubric", "agents"))
     assert (judge["shared"]["value"], judge["shared"]["n"], judge["recall"]) == (0.6667, 30, 1.0)
@@ -51,6 +51,6 @@ def test_the_shipped_readings_are_whole() -> None:
     assert len(rows) == 218 and {row.writer for row in rows} >= {"tiny_base", "tiny_sft", "Qwen2.5-Coder-1.5B-Instruct"}
     grades = {label: [reader_s_grade(row.model_dump()) for row in rows if row.acceptable == label] for label in (0, 1)}
     assert sum(grades[1]) / len(grades[1]) > sum(grades[0]) / len(grades[0]) + 0.3
-    assert readings_figures([], SEEN) == {}
+    assert readings_figures([], LABELLED) == {}
     others = read(ROOT / "data/references.jsonl", Reference) + read(ROOT / "data/labelled.jsonl", Labelled)
     assert not {row.response for row in rows} & {row.response for row in others}

@@ -16,7 +16,7 @@ from common.records import write
 from common.report.cost import cost_figures
 from common.report.evaluators import NEAR, balanced, evaluate_evaluators, labelled_rows
 from common.report.figures import policy_figures
-from common.report.pages import write_pages
+from common.report.pages import finding, write_pages
 from common.report.people import add_human_scores, alpha, people_figures, rating_id, rating_page, read_ratings
 from common.texts import runs_of_12
 
@@ -283,3 +283,11 @@ def test_both_reports_say_who_wrote_and_who_judged(run: Path, tmp_path: Path, po
     for name in ("report.md", "report.html"):
         page = (tmp_path / name).read_text(encoding="utf-8")
         assert said in page and page.count("the stand-in") == 1
+
+
+def test_the_finding_begins_with_the_reader_where_the_rubric_is_no_evidence(run: Path) -> None:
+    summary = json.loads((run / "05_summary.json").read_text(encoding="utf-8"))
+    read = {"n": 40, "shared": {"value": 0.25, "lo": 0.1, "hi": 0.4, "n": 24}}
+    for standing, begins in (("no evidence", "A careful reader"), ("evidence", "On "), ("unknown", "On ")):
+        said = finding(summary | {"readings": {"rubric": read | {"standing": standing}}})
+        assert said.startswith(begins) and ("25%" in said) == (standing != "unknown"), said

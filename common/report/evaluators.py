@@ -73,11 +73,12 @@ def comparison(one: dict, other: dict) -> dict:
 # ---- agreement ------------------------------------------------------------------------------------------------------
 
 
-def verdicts_on(test: list[dict], seen: list[dict]) -> dict[str, list[int | None]]:
-    """What every evaluator, and both null baselines, say of the test rows; `seen` are labelled rows to fit on.
+def verdicts_on(test: list[dict], labelled: list[dict]) -> dict[str, list[int | None]]:
+    """What every evaluator, and both null baselines, say of some rows.
 
-    An evaluator that gives a score says "good" at or above the threshold that is best on the rows seen.
+    Scores are cut where that is best on the labelled rows that step 3 has looked at; null baselines are fitted to them.
     """
+    seen = [row for row in labelled if row["part"] != "test"]
     verdicts = {}
     for column in ("excellent", "judge", "seed_judge", "agents", "likely"):  # 1 or 0
         column_verdicts = stats.column(test, column)
@@ -130,7 +131,7 @@ def evaluate_evaluators(labelled: list[dict], comparisons: list[dict]) -> dict:
     by label and length, and separately the rows that leaked. Comparisons of labelled pairs have no "query".
     """
     test = stats.where(labelled, "part", "test")
-    verdicts = verdicts_on(test, [row for row in labelled if row["part"] != "test"])
+    verdicts = verdicts_on(test, labelled)
     clean, leaked, leaks = [], [], Counter()
     for number, row in enumerate(test):
         row = row | {"verdicts": {name: of_rows[number] for name, of_rows in verdicts.items()}}

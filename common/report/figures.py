@@ -67,8 +67,7 @@ def report_figures(args: argparse.Namespace, policies: list[Policy], scored: Sco
     figures = {"policies": tables, "characters": characters, "ranked": ranked, "lead": lead}
     figures |= {"differences": differences(rows_of), "wins": stats.wins_of(of_policies, names)}
     figures |= evaluate_evaluators(scored.labelled, scored.comparisons)
-    seen = [row for row in scored.labelled if row["part"] != "test"]
-    figures |= {"readings": readings_figures(scored.readings, seen), "people": None}
+    figures |= {"readings": readings_figures(scored.readings, scored.labelled), "people": None}
     if ratings:
         figures["people"] = people_figures(ratings, rows, scored.comparisons, scored.labelled, names)
     figures["cost"] = cost_figures(args.run, rows, scored.rollouts)

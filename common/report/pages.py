@@ -81,9 +81,8 @@ def picture_data(run: Path, figures: dict, rows: list[dict]) -> dict:
     training: dict[str, list] = {"rm": [], "judge": []}
     for reward, curve in training.items():
         for row in records.read_lines(run / f"metrics_{reward}.jsonl"):
-            reward = row.get("raw_reward", row.get("reward"))  # older runs, without novelty, have the second alone
-            if reward is not None:  # an update without rollouts of its own has none
-                curve.append([row["step"], reward])
+            if "raw_reward" in row:  # an update without rollouts of its own has none
+                curve.append([row["step"], row["raw_reward"]])
     data = {"policies": figures["policies"], "wins": figures["wins"], "cost": figures["cost"]["curve"], "units": UNITS}
     data |= {"dimensions": list(WEIGHTS), "excellent": EXCELLENT, "training": training, "lengths": lengths}
     return data | {"samples": samples}

@@ -134,7 +134,7 @@ def people_figures(
     evaluators = {}
     if rated:
         labels, queries = stats.column(rated, "human_excellent"), stats.column(rated, "query")
-        for name, verdicts in verdicts_on(rated, [row for row in labelled if row["part"] != "test"]).items():
+        for name, verdicts in verdicts_on(rated, labelled).items():
             evaluators[name] = stats.agreement(labels, verdicts, queries)
     figures = {"raters": len({rating.rater for rating in finished}), "ratings": len(graded), "pairs": len(compared)}
     figures |= {"half_finished": len(ratings) - len(finished), "alpha": alphas(graded, compared)}

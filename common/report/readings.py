@@ -42,12 +42,12 @@ def standing(figures: dict) -> str:
     return "evidence" if figures["shared"]["value"] >= SHARED else "no evidence"
 
 
-def readings_figures(readings: list[dict], seen: list[dict]) -> dict[str, dict]:
+def readings_figures(readings: list[dict], labelled: list[dict]) -> dict[str, dict]:
     """Evaluator -> its agreement with the reader, on rows that evaluators have scored.
 
     `shared` is the share of its acceptances that the reader shares (precision, with an interval), `grades` the
     correlation of its grade, or else its verdict, with the reader's. Scores are cut, and the null baselines fitted, on
-    the labelled rows `seen`.
+    labelled rows.
     """
     if not readings:
         return {}
@@ -56,7 +56,7 @@ def readings_figures(readings: list[dict], seen: list[dict]) -> dict[str, dict]:
     # Evaluators that say more than yes or no.
     finer = {"rubric": "quality", "reward_model": "reward_model", "likelihood": "likelihood"}
     table = {}
-    for name, verdicts in verdicts_on(readings, seen).items():
+    for name, verdicts in verdicts_on(readings, labelled).items():
         shared = [label for label, verdict in zip(labels, verdicts, strict=True) if verdict]
         own = stats.column(readings, finer[name]) if name in finer else verdicts
         figures = stats.agreement(labels, verdicts, queries)
