@@ -5,10 +5,10 @@
     python bench/reading.py --run outputs/small --wanted FILE --key FILE    # writes the first two, of a finished run
 
 Joins three files of rows {id, ...}: the greetings that were to be read, {query, response}, shuffled; who wrote them,
-{policy}, which the reader did not see; and what he said, {acceptable 0|1, five grades of 1 to 3, flaw}. Prints for each
-policy the share that he would send and the weighted mean grade, beside what shows a sign of a spoilt text by rule and
+{policy}, which the reader did not see; and what it said, {acceptable 0|1, five grades of 1 to 3, flaw}. Prints for each
+policy the share that it would send and the weighted mean grade, beside what shows a sign of a spoilt text by rule and
 how many texts differ, and the differences between policies, paired by query. With --scored, a run whose step 5 scored
-these greetings, also how far each of its evaluators agrees with him on them.
+these greetings, also how far each of its evaluators agrees with the reader on them.
 """
 
 import argparse
@@ -58,6 +58,8 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="a finished run, of whose greetings to write --wanted and --key")
     args = parser.parse_args()
     if args.run:
+        if args.wanted.exists() or args.key.exists():
+            sys.exit(f"error: {args.wanted} or {args.key} is there already: name others with --wanted and --key")
         write_wanted(args)
         return
     rows = []
