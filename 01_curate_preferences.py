@@ -8,7 +8,8 @@ For each query  the policy writes --samples candidates                          
                 accepted and rejected candidates become (chosen, rejected) pairs, the best accepted one a row for SFT
 
 Reads   queries, references, further candidates (--candidates, any JSONL of {query, response})
-Writes  candidates.jsonl, judgements.jsonl, fates.jsonl (of candidates), preferences.jsonl, sft.jsonl, 01_summary.json
+Writes  candidates.jsonl, judgements.jsonl, fates.jsonl (of candidates), preferences.jsonl, sft.jsonl, 01_summary.json;
+        likelihood.jsonl with --labels likelihood
 Paper   arXiv 2508.21476, the multi-agent refined reward. Departures: pairs are chosen so that over the file the longer
         text wins as often as it loses (in the released pairs it wins 96% of the time); a judgement that fails is
         recorded as failed and never counts as a verdict.
@@ -96,7 +97,7 @@ def write_candidates(args: argparse.Namespace, queries: list[Query], policies: l
                 candidate = Candidate(id=row.id, query=row.query, response=row.response, temperature=row.temperature)
                 candidate.source = row.source or file.name
                 label = getattr(row, "given_label", getattr(row, "label", None))
-                if label is not None:
+                if label in (0, 1):
                     candidate.given_label = label
                 append(candidate)
         for policy in policies:
@@ -353,7 +354,7 @@ def main(args: argparse.Namespace) -> int:
     if not sampling.done:
         write_candidates(args, queries, policies)
         sampling.finish()
-    seconds = {"sample": round(time.time() - started, 2), "judge": 0.0}
+    seconds = {"sample": round(time.time() - started, 2), "judge": 0.0}  # of this call
 
     # 2. Judgements.
     judging = run_folder.Stage(args.run, "01_judgements", ["judgements.jsonl"], judging_settings(args), args.redo)
@@ -361,6 +362,8 @@ def main(args: argparse.Namespace) -> int:
     screened_out = screen(candidates, args.max_similar, references if args.max_copied < 1 else [], args.max_copied)
     if not judging.done:
         seconds["judge"] = judge_candidates(args, references, screened_out)
+    if not (sampling.replaced or judging.replaced):  # the summary's are of all calls that made what there is
+        started -= run_folder.read_summary(args.run, "01_summary").get("seconds", 0)
 
     # 3. Pairs and demonstrations, made again whenever they could differ: what they are made from is kept.
     settings = run_folder.settings(args, "pairs")
@@ -372,6 +375,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"01: done already, see {args.run / '01_summary.json'}")
         return 0
     figures = write_training_files(args, screened_out)
+    figures["completions"] = len(queries) * args.samples * len(args.temperature) * len(policies)
     failures = figures["failures"].total()
     if not failures:  # else the stage stays open: the next call asks for those again
         judging.finish()

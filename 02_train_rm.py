@@ -110,14 +110,14 @@ def build_tests(args: argparse.Namespace, split: Split) -> Tests:
 
 
 def accuracy(score: Callable, pairs: Pairs, tests: Tests) -> tuple[dict[str, dict], dict[Rival, float]]:
-    """({test: rate at which the chosen text scores above its rival}, the score of every rival and chosen text)."""
+    """({test: rate at which the chosen text scores above its rival}, the score of each text). A tie is half a win."""
     chosen = [(place, pair.texts[1]) for place, pair in enumerate(pairs)]
     texts = list(dict.fromkeys(itertools.chain(chosen, *tests.values())))  # each once
     scores = dict(zip(texts, score(texts), strict=True))
     rates = {}
     for name, rivals in tests.items():
-        wins = sum(scores[chosen[place]] > scores[place, text] for place, text in rivals)
-        rates[name] = stats.rate(wins, len(rivals))
+        gaps = [scores[chosen[place]] - scores[place, text] for place, text in rivals]
+        rates[name] = stats.rate(sum((gap > 0) + 0.5 * (gap == 0) for gap in gaps), len(rivals))
     return rates, scores
 
 

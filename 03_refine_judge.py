@@ -171,7 +171,9 @@ class Loop:
 
         if attacks:
             await self.sharpen_strategies(attacks, number)
-        self.record(number, proposed, figures, accepted, why if self.unheard in why else f"{why}; {self.unheard}")
+        if self.unheard and self.unheard not in why:
+            why += f"; {self.unheard}"
+        self.record(number, proposed, figures, accepted, why)
         return current
 
     async def attack(self, strategies: list[str], number: int) -> list[dict]:
@@ -208,15 +210,14 @@ class Loop:
 
     async def optimise(self, kind: str, rules: list[str], feedback: list[str]) -> list[str]:
         """At most ten rules rewritten from the feedback; the old ones where there is none or no usable answer."""
-        counts = Counter(feedback)
+        answer, counts = None, Counter(feedback)
         # Where all of it is too long for the endpoint, the start of what was said most often may not be.
-        for items, length in [(counts.items(), None), (counts.most_common(10), 100)] if feedback else []:
-            counted = [f"{item[:length]}（{times} 次）" for item, times in items]
-            question = self.client.ask("optimiser", Rules, kind=kind, rules=rules, feedback=counted)
-            (answer,) = await self.agents.answers([question])
-            if answer:
-                break
-        else:
+        for items, length in (counts.items(), None), (counts.most_common(10), 100):
+            if feedback and not answer:
+                counted = [f"{item[:length]}（{times} 次）" for item, times in items]
+                question = self.client.ask("optimiser", Rules, kind=kind, rules=rules, feedback=counted)
+                (answer,) = await self.agents.answers([question])
+        if not answer:
             silent = "the optimiser" if feedback else "one who gives feedback"
             self.unheard = self.agents.last_failure and f"{silent} was {UNHEARD}{self.agents.last_failure}"
             return rules
@@ -366,6 +367,8 @@ def main(args: argparse.Namespace) -> int:
     settings = run_folder.settings(args, "data", "loop") | {"endpoint": endpoint_name(args), "graded": args.graded}
     settings["prompts"] = prompt_hashes([*ROLES, "strategies"], args.prompts)
     loop = Stage(args.run, "03_principles", ["principles.jsonl", "redteam.jsonl"], settings, args.redo)
+    if not loop.replaced:  # the summary's are of all calls that made what there is
+        started -= run_folder.read_summary(args.run, "03_summary").get("seconds", 0)
     if not loop.done:
         asyncio.run(refine(args, parts, references, queries))
     versions = records.read_lines(args.run / "principles.jsonl")

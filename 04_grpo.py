@@ -103,7 +103,7 @@ def parse_args() -> argparse.Namespace:
     gap = "mean difference of a token's log-probability, engine to trainer, that always stops the run (%(default)s)"
     add("--max-gap", type=float, default=0.1, help=gap)
     add("--save-every", type=run_folder.positive, default=10, help="GRPO steps between checkpoints (%(default)s)")
-    add("--report-to", nargs="*", default=[], help="trackers that TRL knows, such as tensorboard")
+    add("--report-to", nargs="*", default=[], help="trackers that TRL knows and that are installed, such as wandb")
     add("--plan", action="store_true", help="train nothing: print what will be on the GPU, and whether it fits")
     add_policy_flags(parser)
     add_engine_flag(parser)
@@ -119,8 +119,8 @@ def parse_args() -> argparse.Namespace:
         run_folder.fail("--reward likelihood takes a language model: --likelihood Qwen/Qwen2.5-1.5B-Instruct, say")
     if args.queries_per_step % args.mini_batch:
         run_folder.fail("--queries-per-step must be a multiple of --mini-batch")
-    if args.mini_batch * args.samples % args.micro_batch:
-        run_folder.fail("--mini-batch x --samples must be a multiple of --micro-batch")
+    if args.samples < 2 or args.mini_batch * args.samples % args.micro_batch:
+        run_folder.fail("--mini-batch x --samples must be a multiple of --micro-batch, and --samples at least 2")
     return args
 
 

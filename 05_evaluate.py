@@ -3,10 +3,9 @@
 Greetings of base, SFT, both GRPO policies, further policies and models behind an endpoint are graded on five
 dimensions by the rubric (excellent: weighted mean of at least 2), compared two by two in both orders, and judged by
 the refined judge of step 3, the five agents of step 1, the reward model of step 2 and, with --likelihood, a language
-model that tells how likely they are. Every evaluator is itself
-evaluated on labelled greetings, on machine-written ones that a reader rated, and on people's ratings where there are
-any, next to two baselines that understand nothing: text length and character n-grams; and a search looks for spoilt
-greetings with which judge, rubric and reward model can be bought.
+model that tells how likely they are. Every evaluator is itself evaluated on labelled greetings, on machine-written ones
+that a reader rated, and on people's ratings where there are any, next to two baselines that understand nothing: text
+length and character n-grams; and a search looks for spoilt greetings with which evaluators can be bought.
 
 Reads   held-out queries, labelled greetings, readings, references, the policies, rm/ and principles.jsonl of the run,
         summaries of 01 to 04; ablations.jsonl where tools/ablations.py has made it
@@ -169,7 +168,7 @@ async def score(
         work = [add_grades(rubric, row, failures) for row in judged + curve]
         path = args.run / "principles.jsonl"
         if path.is_file():
-            # The judge that step 3 began with judges labelled rows alone, which shows what refining was worth.
+            # The judge that step 3 began with judges no greetings of policies: it shows what refining was worth.
             refined, seed = current_principles(path), records.read(path, Version)[0].principles
             work += [add_verdict(agents, row, "judge", refined, failures) for row in judged]
             work += [add_verdict(agents, row, "seed_judge", seed, failures) for row in test + readings]

@@ -32,6 +32,8 @@ POLICIES = ("base", *OWN, AGAIN)
 
 def write_wanted(args: argparse.Namespace) -> None:
     """The first greeting of each policy for each query, in the order of a hash that leaves the policy out."""
+    if args.wanted.exists() or args.key.exists():
+        sys.exit(f"error: {args.wanted} or {args.key} is there already: name others with --wanted and --key")
     rows = stats.where(records.read_lines(args.run / "generations.jsonl"), "sample", 0)
     rows.sort(key=lambda row: digest("reading", row["query"], row["response"]))
     wanted, key = [], []
@@ -58,8 +60,6 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="a finished run, of whose greetings to write --wanted and --key")
     args = parser.parse_args()
     if args.run:
-        if args.wanted.exists() or args.key.exists():
-            sys.exit(f"error: {args.wanted} or {args.key} is there already: name others with --wanted and --key")
         write_wanted(args)
         return
     rows = []

@@ -40,8 +40,8 @@ class Client:
         """`step` is who pays: what is asked is booked under it. `flags` replaces the agents' flags in error lines."""
         self.args = args
         self.model, self.endpoint = endpoint_name(args)
-        self.key = os.environ.get(args.api_key_env, "").strip()
-        if self.endpoint != "offline" and not (self.key.isascii() and self.key.isprintable()):
+        self.key = "" if self.endpoint == "offline" else os.environ.get(args.api_key_env, "").strip()
+        if not (self.key.isascii() and self.key.isprintable()):
             fail(f"the key in {args.api_key_env} holds characters that no key has: set it again")
         self.flags = flags
         self.store = open_store(args, step)
@@ -193,7 +193,8 @@ class Client:
                 if not isinstance(outcome, Failure):
                     return outcome
 
-                failure, backoff = outcome, min(MAX_WAIT, 0.5 * 2 ** min(9, attempt + waits)) * random.uniform(0.5, 1.0)
+                failure = outcome
+                backoff = min(MAX_WAIT, 0.5 * 2 ** min(9, attempt + waits)) * random.uniform(0.5, 1.0)
                 pause = min(MAX_WAIT, max(backoff, failure.retry_after))
                 if failure.action in (Action.SLOW_DOWN, Action.TAKE_FEWER):
                     # Before this place is free, or another request slips through.

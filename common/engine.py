@@ -15,15 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.policy import (
-    MAX_PROMPT,
-    compute_dtype,
-    from_pretrained,
-    generate,
-    load_policy,
-    load_tokenizer,
-    save_adapter,
-)
+from common import policy
+from common.policy import MAX_PROMPT, from_pretrained, generate, load_policy, load_tokenizer, save_adapter
 from common.records import Messages
 from common.run_folder import ROOT, Stop, digest, fail
 
@@ -61,7 +54,7 @@ def rollout_base(base: str, bits: int) -> str:
 
     revision = getattr(from_pretrained(AutoConfig, base), "_commit_hash", None)
     files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in Path(base).glob("*.*"))
-    dtype = compute_dtype(base, bits)
+    dtype = policy.compute_dtype(base, bits)
     folder = DEQUANTISED / digest(base, revision, files, bitsandbytes.__version__, str(dtype))
     if folder.is_dir():
         return str(folder)
@@ -101,7 +94,7 @@ def engine_class(base: str, bits: int, rank: int, seed: int) -> type:
     if not room:
         fail(f"--rank {rank}: vLLM serves adapters of rank {ENGINE_RANKS[-1]} at most")
     settings = {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": room[0]}
-    settings |= {"dtype": compute_dtype(base, bits), "enforce_eager": not cuda}
+    settings |= {"dtype": policy.compute_dtype(base, bits), "enforce_eager": not cuda}
     settings |= {"model": rollout_base(base, bits), "quantization": None}  # TRL's own would quantise the base again
     # Without a seed vLLM sets every generator of the process to 0. The head is in fp32 here as in the trainer.
     settings |= {"seed": seed, "hf_overrides": {"head_dtype": "float32"}}

@@ -107,8 +107,8 @@ def reported_error(error) -> Failure:
         case 401:
             return Failure(reason, Action.STOP, f"refuses the key; set the variable that --api-key-env names ({words})")
         case 404:
-            odd = error.request.url.path == "/chat/completions" or not re.search("model|deployment", words, re.I)
-            remedy = "name one it serves with --model" + odd * ", or is /v1 missing at the end of --base-url?"
+            no_v1 = error.request.url.path == "/chat/completions" or not re.search("model|deployment", words, re.I)
+            remedy = "name one it serves with --model" + no_v1 * ", or is /v1 missing at the end of --base-url?"
             return Failure(reason, Action.STOP, f"has no model {{model}}; {remedy} ({words})")
         case 429 | 503 | 529 if status == 429 or wait:
             return Failure("rate limit", Action.SLOW_DOWN, words, wait)

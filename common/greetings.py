@@ -39,8 +39,10 @@ class Policy(NamedTuple):
         """
         if not self.adapter:
             return []
-        own, run = [REWARDS[self.adapter.name]] if self.adapter.name in REWARDS else [], self.adapter.parent
-        if own == ["reward_model"] and run_folder.read_summary(run, "02_summary").get("hard"):
+        run, name = self.adapter.parent, self.adapter.name.removesuffix("_best")
+        own = [REWARDS[name]] if name in REWARDS else []
+        taught = name == "policy_rm" and run_folder.read_summary(run, "02_summary").get("hard")
+        if taught or name != self.adapter.name:  # the watch has chosen the best by the rubric
             own.append("rubric")
         if labelling := run_folder.read_summary(run, "01_summary"):
             own.append(labelling["settings"].get("labels", "agents"))
@@ -102,13 +104,13 @@ def _named_api(text: str) -> tuple[str, tuple[str, str, str]]:
 def present_policies(args: argparse.Namespace, base: str) -> list[Policy]:
     """The policies to compare; one that is missing is named, with the command that makes it, and left out."""
     policies = [Policy("base", base)]
-    wanted = "" if (args.run / OWN["grpo_likelihood"][0]).is_dir() else "judge"  # where none judges, it is in its place
+    expected = {"none", "rm"} if (args.run / OWN["grpo_likelihood"][0]).is_dir() else {"none", "rm", "judge"}
     for name, (folder, reward) in OWN.items():
         adapter = args.run / folder
         if find_policy(adapter)[1] and not run_folder.unfinished(args.run, f"04_{reward}"):
             check_adapter(adapter, base)
             policies.append(Policy(name, base, adapter))
-        elif reward in ("none", "rm", wanted) or run_folder.unfinished(args.run, f"04_{reward}"):
+        elif reward in expected or run_folder.unfinished(args.run, f"04_{reward}"):
             command = f"python 04_grpo.py --reward {reward} --run {args.run}"
             print(f"policies: no finished {adapter}; make it with: {command}", file=sys.stderr)
     for name, path in args.policies:

@@ -114,8 +114,9 @@ def groups_to_grade(args: argparse.Namespace, rollouts: list[dict], barred: Pair
     for query, rows in texts.items():
         if len(rows) > 1 and conversation(query, args.prompts)[-1]["content"] not in prompts:
             ranked = sorted(rows.values(), key=lambda row: -row["reward"])
-            liked, others = ranked[:LIKED], ranked[LIKED:]
-            groups.append(liked + others[len(others) // 2 :][:1] + others[len(others) // 2 + 1 :][-1:])
+            others = ranked[LIKED:]
+            lower = others[len(others) // 2 :]  # from the middle one on
+            groups.append(ranked[:LIKED] + lower[:1] + lower[1:][-1:])
     return sorted(groups, key=lambda rows: -rows[0]["reward"])[:QUERIES]
 
 

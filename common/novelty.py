@@ -38,11 +38,10 @@ def runs_in(texts: list[str]) -> set[str]:
 def novelties(rows: Rows, learnt: Set[str]) -> list[float]:
     """The novelty of each (query, text) of a step, from 0 (nothing is its own) to 1.
 
-    1 - (g + s + c) / 3, where g, s and c are shares of a text's runs of characters: g of its runs of 4, those that
-    stand in the completion of its query that is most like it; s the same of the completions of other queries; c of its
-    runs of 12, or of it all where it is shorter, those that were learnt by heart. The nearest text counts and not the
-    mean of all, since copies are what is to be rare. An empty text has no novelty. The order of the rows does not
-    matter.
+    1 minus the mean of three shares: `group`, of its runs of 4 characters those in the most similar completion of its
+    query; `elsewhere`, the same over other queries; `copied`, of its runs of 12, or of it all where it is shorter,
+    those learnt by heart. The nearest text counts and not the mean of all, since copies are what is to be rare. An
+    empty text has no novelty. The order of the rows does not matter.
     """
     runs = [set(ngrams(text, RUN)) or {text} for _, text in rows]
     values = []

@@ -234,7 +234,8 @@ def generate(
     from tqdm import tqdm
 
     # Named here, because Qwen's generation_config.json has another top_p, top_k and penalty.
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
+    sampling = {"do_sample": temperature > 0, "temperature": temperature or 1.0}
+    sampling |= {"top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
     ending = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": model.generation_config.eos_token_id}
     torch.manual_seed(seed)
     was_training = model.training

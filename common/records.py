@@ -99,13 +99,12 @@ def two_sided(chosen: str, rejected: str) -> bool:
 
 
 class Preference(Record):
+    """A row of preferences.jsonl. Step 1 adds the ids of query, chosen and rejected."""
+
     prompt: Messages = Field(min_length=1)
     chosen: Messages = Field(min_length=1)
     rejected: Messages = Field(min_length=1)
     query: str = ""  # if there is none, the prompt
-    query_id: str = ""
-    chosen_id: str = ""
-    rejected_id: str = ""
     why: str = ""
 
     @model_validator(mode="after")
@@ -125,13 +124,10 @@ class Preference(Record):
 
 
 class Demonstration(Record):
-    """A row of sft.jsonl."""
+    """A row of sft.jsonl. Step 1 adds its query, with its id, and the candidate's id."""
 
     prompt: Messages = Field(min_length=1)
     completion: Messages = Field(min_length=1)
-    query: str = ""
-    query_id: str = ""
-    candidate_id: str = ""
 
     def content(self) -> tuple:
         return (self.prompt, self.completion)

@@ -41,6 +41,7 @@ def search_round(args: argparse.Namespace, base: str, split: Split, number: int)
     if run_folder.main_process() and not file.is_file():
         rm = RewardModel(args.run / "rm", base, args.prompts, args.bits)
         rm.calibrate(split.stop, args.length_tolerance, args.seed)
+        rm.calibration_file.unlink()  # by it others know a model whose training has ended
         most = len(split.train) // (2 * args.rounds)  # with as many that it has seen: one showing of all in all
         run_folder.replace_file(file, json.dumps(found(rm, split, args.seed, number, most), ensure_ascii=False))
     trainers.gather_rows([])  # the other processes wait

@@ -3,8 +3,8 @@
 Half of the tries are drawn from the families of spoilt.py. The others are free mutations (mutation.py), so that a hole
 of no family is found as well: the greeting is mutated, then again and again what the evaluator likes best so far (hill
 climbing). A run of characters that raised one greeting's score is tried in the others: a hole that was found once is
-used everywhere, as a policy would. Worse by construction is a drawn text because its kind is, and a mutation where a
-fifth of its characters are new or out of place.
+used everywhere, as a policy would. Every try is worse by construction: a drawn text because its kind is, a mutation
+because a fifth of its characters are new or out of place.
 
 An evaluator is bought with a text that it scores above the bar of its greeting: the greeting's own score where scores
 can be compared (a reward model), 0.5 where a verdict is 1 or 0, just below EXCELLENT for the rubric's quality.
@@ -61,7 +61,7 @@ class Hunt:
             yield *draw(self.source, self.rng, held_out), set()
 
     def mutations(self, liked: list[str], letters: dict[str, list[str]]) -> Iterator[Proposal]:
-        """In turn of the best text so far and of the best without a drawn edit; first of the greeting alone."""
+        """By turns of the best text without a drawn edit and of the best of all; at first of the greeting."""
         greeting, near = self.source.greeting, [text for text in self.source[::2] if text]  # query and other greeting
         scored = [one for one in self.tried if one.score is not None]
         free = [one for one in scored if one.kinds == MUTATION]

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 RESAMPLES = 2000  # of the queries, for the interval of a mean or of kappa
 REFITS = 200  # the same for the logistic model, which takes longer
+LEAST = 8  # queries or groups of which something is concluded: how fewer vary is too uncertain
 COMPLETE = 0.8  # share of the rows that must have a score, or their mean is marked incomplete
 
 
@@ -97,13 +98,13 @@ def chance_of_rise(before: list[list[bool]], after: list[list[bool]]) -> float:
     n hits and misses in groups say no more than n / d independent ones. d, the design effect, is the variance of the
     groups' counts over that of independent hits, of both sides together and never below 1. Counts divided by d are
     tested as independent ones are (Rao & Scott 1992, Biometrics 48, 577), by Fisher's exact test. 1 where one side has
-    fewer than 8 groups: the variance of fewer is too uncertain, and p too small up to nine times in simulations.
+    fewer than LEAST groups: of fewer, p was too small up to nine times in simulations.
     """
     from statistics import variance
 
     from scipy.stats import hypergeom
 
-    if min(len(before), len(after)) < 8:
+    if min(len(before), len(after)) < LEAST:
         return 1.0
     sizes = [sum(map(len, groups)) for groups in (before, after)]
     hits = [sum(map(sum, groups)) for groups in (before, after)]
@@ -173,7 +174,7 @@ def paired_difference(after: dict[str, float], before: dict[str, float]) -> dict
     """Difference of two means over the queries that both have, and in words whether it is more than noise."""
     shared = sorted(after.keys() & before.keys())
     difference = bootstrap([after[query] - before[query] for query in shared])
-    beyond_noise = difference["n"] and (difference["lo"] > 0 or difference["hi"] < 0)
+    beyond_noise = difference["n"] >= LEAST and (difference["lo"] > 0 or difference["hi"] < 0)
     difference["words"] = "more than noise" if beyond_noise else "inside noise"
     return difference
 

@@ -57,8 +57,7 @@ def trainer_settings(model, autocast: bool = False) -> dict:
     cuda, half = torch.cuda.is_available(), model.dtype == torch.bfloat16
     bf16 = half or (autocast and multiplies_in_bf16())
     settings = {"bf16": bf16, "use_cpu": not cuda, "gradient_checkpointing": cuda}
-    # Of an update each of several processes makes as many passes as its rows need; to send buffers in each, as DDP does
-    # by default, they would wait for each other for ever.
+    # Processes make different numbers of passes per update: DDP's broadcast of buffers in each would deadlock.
     return settings | {"ddp_broadcast_buffers": False}
 
 

@@ -356,6 +356,11 @@ def test_a_wrong_key_or_address_shows_before_the_work(
     assert (url or server.url) in line and remedy in line
 
 
+def test_offline_no_key_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEST_KEY", "你的密钥")
+    assert ask("", tmp_path, offline=True)[0].verdict in (0, 1)
+
+
 @pytest.mark.parametrize("code", [502, 503])
 def test_a_server_that_loads_its_model_is_waited_for_and_costs_no_attempt(
     server: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str], code: int

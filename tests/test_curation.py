@@ -118,6 +118,12 @@ def test_numbered_candidates_are_taken_and_the_same_one_twice_is_taken_once(
     assert [row["id"] for row in taken] == ["1", "2"]
 
 
+def test_a_file_s_labels_are_compared_only_if_they_are_0_or_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = CANDIDATES
+    taken = take_candidates(monkeypatch, tmp_path, [one | {"label": "good"}, other | {"label": 0}])
+    assert [row.get("given_label") for row in taken] == [None, 0]
+
+
 @pytest.mark.parametrize("files", [[[0, 1]], [[0], [1]]], ids=["one file", "two files"])
 def test_candidates_that_share_an_id_are_named_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], files: list[list[int]]

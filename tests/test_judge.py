@@ -99,6 +99,7 @@ def test_attribution_and_repetition_are_added_without_a_new_round(
     assert {role(r) for r in server.asked} == {"detector"}
     assert [(run / name).read_bytes() for name in ("principles.jsonl", "redteam.jsonl")] == files
     assert after["test"] == before["test"] and after["failures"] == before["failures"]
+    assert after["seconds"] >= before["seconds"]  # of both calls together
     assert {row["without"] for row in after["attribute"]} == set(before["principles"]) and not before["attribute"]
     assert after["same_when_asked_again"]["n"] and not before["same_when_asked_again"]["n"]
     server.asked.clear()

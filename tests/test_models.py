@@ -57,10 +57,10 @@ def queries() -> list[str]:
     return [q.query for q in read(ROOT / "data/queries_heldout.jsonl", Query)][:24]
 
 
-def greetings(base: str, queries: list[str], bits: int, seed: int) -> list[str]:
+def greetings(base: str, queries: list[str], bits: int, seed: int, temperature: float = 0.7) -> list[str]:
     model, tokenizer = load_policy(base, bits)
     return generate(
-        model, tokenizer, [conversation(q, PROMPTS) for q in queries], temperature=0.7, max_tokens=40,
+        model, tokenizer, [conversation(q, PROMPTS) for q in queries], temperature=temperature, max_tokens=40,
         batch_size=8, seed=seed,
     )  # fmt: skip
 
@@ -82,6 +82,11 @@ def test_the_tiny_model_writes_readable_greetings_some_of_the_time(base: str, qu
 def test_the_same_seed_gives_the_same_greetings(base: str, queries: list[str]) -> None:
     first, again, other = (greetings(base, queries, 16, seed) for seed in (0, 0, 1))
     assert first == again != other
+
+
+def test_at_temperature_0_the_seed_does_not_matter(base: str, queries: list[str]) -> None:
+    first, other = (greetings(base, queries[:8], 16, seed, temperature=0.0) for seed in (0, 1))
+    assert first == other
 
 
 def test_scores_do_not_depend_on_batch_order_or_padding(run: Path, base: str, queries: list[str]) -> None:

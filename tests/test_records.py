@@ -238,6 +238,7 @@ def test_a_file_counts_by_its_content_and_not_by_its_name(tmp_path: Path, call: 
     other.write_text("b")
     assert call("--labels", one) == call("--labels", same) != call("--labels", other)
     assert call("--more", one, other) == call("--more", same, other) != call("--more", one)
+    assert run_folder.file_hash("") == ""  # and not of the working directory
 
 
 def test_a_summary_names_figures_flags_and_packages(tmp_path: Path) -> None:

@@ -41,6 +41,8 @@ def test_policy_figures_by_hand() -> None:
     assert figures["length"] == 10.3 and figures["trained_on"] == ["reward_model"] and figures["distinct_texts"] == 1.0
     assert figures["copied_12"] == {"sft": 0.3333, "references": 0.0} and figures["dimensions"]["culture"] == 2
     assert figures["commonest_opening"] == ["祝你", 0.6667]
+    best = Policy("a", "base", Path("run/policy_rm_best"))  # which the rubric has chosen
+    assert best.trained_on == ["reward_model", "rubric"]
     # 祝你 你平 平安 are in both of a query's samples, 安。 and 安吉 吉祥 祥。 in one.
     assert figures["self_overlap"] == round(3 / 7, 4)
     assert (figures["constraints"]["value"], figures["constraints"]["n"]) == (0.5, 2)

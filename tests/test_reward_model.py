@@ -7,6 +7,7 @@ import sys
 import time
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, lines, run_script
@@ -127,6 +128,13 @@ def test_a_pair_that_teaches_nothing_is_named(
     assert step("--run", tmp_path) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "preferences.jsonl:4" in line and told in line
+
+
+def test_a_tie_is_half_a_win() -> None:
+    pairs = [SimpleNamespace(texts=("q", "甲乙", text)) for text in ("丙丁", "丙", "丙丁戊")]
+    tests = {"all": [(place, pair.texts[2]) for place, pair in enumerate(pairs)]}
+    rates, scores = rm.accuracy(lambda rivals: [len(text) for _, text in rivals], pairs, tests)
+    assert (rates["all"]["value"], rates["all"]["n"], scores[2, "丙丁戊"]) == (0.5, 3, 3)
 
 
 def test_it_learns_and_says_so_in_its_card(trained: Path) -> None:

@@ -141,6 +141,8 @@ def test_a_difference_is_paired_and_called_noise_where_it_is() -> None:
     rng = random.Random(0)
     noisy = {q: v + rng.gauss(0, 1) for q, v in base.items()}
     assert stats.paired_difference(noisy, base)["words"] == "inside noise"
+    two = {"one": 1.0, "other": 1.0}  # of which the bootstrap draws nothing but 1.0
+    assert stats.paired_difference(two, dict.fromkeys(two, 0.0))["words"] == "inside noise"
 
 
 # ---- at equal length ------------------------------------------------------------------------------------------------

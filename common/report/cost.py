@@ -37,7 +37,7 @@ def step_cost(run: Path, step: str) -> dict[str, float]:
     summary = run_folder.read_summary(run, step)
     ledger, seconds = summary.get("ledger") or {}, summary.get("seconds", 0.0)
     return {
-        "completions": summary.get("completions", summary.get("candidates", 0)),
+        "completions": summary.get("completions", 0),
         "calls": ledger.get("calls", 0),
         "tokens": ledger.get("input_tokens", 0) + ledger.get("output_tokens", 0),
         "seconds": seconds["total"] if isinstance(seconds, dict) else seconds,

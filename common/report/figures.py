@@ -95,10 +95,10 @@ def policy_figures(rows: list[dict], policy: Policy, characters: int, learnt: di
     copied = {}
     for source, runs in learnt.items():
         copied[source] = round(sum(not runs.isdisjoint(runs_of_12([text])) for text in texts) / len(texts), 4)
-    figures |= {"greetings": len(rows), "constraints": constraints_kept(rows), "trained_on": policy.trained_on}
-    figures |= {"length": round(sum(map(len, texts)) / len(texts), 1), "self_overlap": self_overlap(rows)}
-    figures |= {"distinct_texts": round(len(set(texts)) / len(texts), 4), "copied_12": copied}
-    figures["commonest_opening"] = [opening, round(times / len(texts), 4)]
+    figures |= {"greetings": len(rows), "length": round(sum(map(len, texts)) / len(texts), 1)}
+    figures |= {"distinct_texts": round(len(set(texts)) / len(texts), 4), "self_overlap": self_overlap(rows)}
+    figures |= {"commonest_opening": [opening, round(times / len(texts), 4)], "copied_12": copied}
+    figures |= {"constraints": constraints_kept(rows), "trained_on": policy.trained_on}
     return figures | diversity(texts, characters) | {"dimensions": dimensions}
 
 
