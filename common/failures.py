@@ -115,7 +115,7 @@ def reported_error(error) -> Failure:
         case 400 | 403 if re.search(UNWANTED, words, re.I):
             return Failure(FILTERED, Action.GIVE_UP, words)
         case 400 | 422 | 500 if status < 500 or re.search(
-            "role.{0,40}(system|altern|support)|system.{0,20}role", words, re.I
+            "role.{0,40}(system|altern|support)|system.{0,20}role|validation error", words, re.I
         ):
             return Failure(reason, Action.CHANGE_REQUEST, words)
         case 403:  # what the question is about may be forbidden; where all are refused so, the client stops by itself

@@ -72,6 +72,12 @@ REFUSED = {  # a case -> (what the endpoint looks at, the value that it takes, h
     "system": ("system", None, status(400, "this model takes no system message")),
     "roles": ("system", None, status(400, "Conversation roles must alternate user/assistant/user/assistant/...")),
     "template": ("system", None, status(500, "Jinja Exception: System role not supported")),
+    # llama-cpp-python's server, of its own checks.
+    "validation": (
+        "response_format",
+        None,
+        status(500, "1 validation error: {'type': 'literal_error', 'loc': ('body', 'response_format', 'type')}"),
+    ),
     "in a 200": ("seed", None, raw({"error": {"message": "seed: unknown field", "code": 400}})),
     "schema": ("response_format", None, status(400, "This response_format type is unavailable now")),
     "spaced": ("response_format", None, status(400, "Response format: not known here")),
