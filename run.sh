@@ -38,9 +38,11 @@ if [ "${1:-}" = test ]; then
   exec .venv/bin/python -m pytest "$@"
 fi
 
-mode=""
-case "${1:-}" in --paper | --check | --small) mode=$1; shift ;; esac
-flags=("$@") # bash 3.2 calls an empty array unset: hence ${flags[@]+...} wherever it is used
+mode="" flags=() # bash 3.2 calls an empty array unset: hence ${flags[@]+...} wherever it is used
+for word in "$@"; do
+  case $word in --paper | --check | --small) mode=$word ;; *) flags+=("$word") ;; esac
+done
+set -- ${flags[@]+"${flags[@]}"}
 needs=requirements-cpu.txt
 case ${CUDA_VISIBLE_DEVICES-0} in
   "" | -1) ;; # no GPU is to be used

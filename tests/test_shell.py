@@ -204,7 +204,7 @@ def test_the_small_run_takes_pretrained_models_and_what_it_can_reward_by(shell: 
     for name, rows in (("references", 118), ("queries_heldout", 65)):
         assert len((shell / f"outputs/some_{name}.jsonl").read_text(encoding="utf-8").splitlines()) == rows
     # With an endpoint its agents label, references too, its judge is the reward, and nothing is offline.
-    steps = asked(shell, 0, "--small", "--base-url", "http://127.0.0.1:1/v1", gpu=False)
+    steps = asked(shell, 0, "--base-url", "http://127.0.0.1:1/v1", "--small", gpu=False)  # wherever it stands
     assert [step[2] for step in steps if step[0] == "04_grpo.py"] == ["none", "rm", "judge"]
     assert all("--offline" not in step and "Qwen/Qwen2.5-0.5B-Instruct" in step for step in steps)
     assert "--labels" not in steps[0]
