@@ -362,7 +362,7 @@ def main(args: argparse.Namespace) -> int:
     screened_out = screen(candidates, args.max_similar, references if args.max_copied < 1 else [], args.max_copied)
     if not judging.done:
         seconds["judge"] = judge_candidates(args, references, screened_out)
-    if not (sampling.replaced or judging.replaced):  # the summary's are of all calls that made what there is
+    if not (sampling.replaced or judging.replaced):  # of all calls that ended and made what there is
         started -= run_folder.read_summary(args.run, "01_summary").get("seconds", 0)
 
     # 3. Pairs and demonstrations, made again whenever they could differ: what they are made from is kept.

@@ -367,7 +367,7 @@ def main(args: argparse.Namespace) -> int:
     settings = run_folder.settings(args, "data", "loop") | {"endpoint": endpoint_name(args), "graded": args.graded}
     settings["prompts"] = prompt_hashes([*ROLES, "strategies"], args.prompts)
     loop = Stage(args.run, "03_principles", ["principles.jsonl", "redteam.jsonl"], settings, args.redo)
-    if not loop.replaced:  # the summary's are of all calls that made what there is
+    if not loop.replaced:  # of all calls that ended and made what there is
         started -= run_folder.read_summary(args.run, "03_summary").get("seconds", 0)
     if not loop.done:
         asyncio.run(refine(args, parts, references, queries))

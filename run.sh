@@ -40,7 +40,10 @@ fi
 
 mode="" flags=() # bash 3.2 calls an empty array unset: hence ${flags[@]+...} wherever it is used
 for word in "$@"; do
-  case $word in --paper | --check | --small) mode=$word ;; *) flags+=("$word") ;; esac
+  case $word in
+    --paper | --check | --small) [ -z "$mode" ] || { echo "error: $mode or $word, not both" >&2; exit 2; }; mode=$word ;;
+    *) flags+=("$word") ;;
+  esac
 done
 set -- ${flags[@]+"${flags[@]}"}
 needs=requirements-cpu.txt

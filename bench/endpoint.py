@@ -28,9 +28,11 @@ from common.prompts import read_rules
 def print_agreement(name: str, labels: list[int], verdicts: list[int | None], queries: list[str]) -> None:
     f = stats.agreement(labels, verdicts, queries)
     said = f["says_good"]
+    if not f["n"]:
+        return
     print(
         f"{name:10} says 1 of {said['value']:.0%} [{said['lo']:.0%}, {said['hi']:.0%}], kappa {f['kappa']:+.2f}"
-        f" [{f['kappa_lo']:+.2f}, {f['kappa_hi']:+.2f}], n {f['n']}, of them good {sum(labels)}"
+        f" [{f['kappa_lo']:+.2f}, {f['kappa_hi']:+.2f}], n {f['n']}; of {len(labels)} rows {sum(labels)} are good"
     )
 
 
@@ -50,6 +52,8 @@ async def main(args: argparse.Namespace) -> None:
     labelled = records.read(args.labelled, records.Labelled)
     drawn = sorted(labelled, key=lambda row: run_folder.digest(args.seed, row.query, row.response))
     rows, others = drawn[: args.rows], drawn[args.rows :]
+    if len({row.label for row in others}) < 2:
+        run_folder.fail(f"--rows {args.rows} of {len(labelled)} leaves none to fit the null baselines on")
     principles = read_rules(args.prompts / "principles.md")
     started = time.perf_counter()
     async with Client(args, "endpoint") as client:

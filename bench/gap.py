@@ -36,14 +36,14 @@ def learn_nothing_in_bf16() -> None:
     import torch
     import transformers
 
-    from common import engine, policy, trainers
+    from common import policy, trainers
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self._prepare_inputs(inputs)
         return torch.zeros((), device=self.accelerator.device)
 
     trainers.multiplies_in_bf16 = lambda: True
-    policy.compute_dtype = engine.compute_dtype = lambda path, bits: torch.bfloat16
+    policy.compute_dtype = lambda path, bits: torch.bfloat16
     transformers.Trainer.training_step = training_step
 
 

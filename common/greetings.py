@@ -35,14 +35,15 @@ class Policy(NamedTuple):
     @property
     def trained_on(self) -> list[str]:
         """The evaluators that it was trained on, whose scores are no independent evidence for it: its reward, the
-        rubric where that told the reward model what it overrates (02 --hard), and who made the labels (01).
+        rubric where it told the reward model what that overrates (02 --hard) or chose the best look (policy_*_best),
+        and who made the labels (01).
         """
         if not self.adapter:
             return []
         run, name = self.adapter.parent, self.adapter.name.removesuffix("_best")
         own = [REWARDS[name]] if name in REWARDS else []
         taught = name == "policy_rm" and run_folder.read_summary(run, "02_summary").get("hard")
-        if taught or name != self.adapter.name:  # the watch has chosen the best by the rubric
+        if taught or (own and name != self.adapter.name):
             own.append("rubric")
         if labelling := run_folder.read_summary(run, "01_summary"):
             own.append(labelling["settings"].get("labels", "agents"))

@@ -179,7 +179,7 @@ _locks: list = []  # open until the process ends: a file that is collected would
 def file_hash(path: Path | str) -> str:
     """Hash of a file's content, or of every file in a folder; "" where there is none."""
     hashes = []
-    for file in [Path(path), *sorted(Path(path).rglob("*"))] if path else []:  # Path("") is the working directory
+    for file in [Path(path), *sorted(Path(path).rglob("*"))] if path else []:  # of "" Path makes the working directory
         if file.is_file():
             with open(file, "rb") as content:
                 hashes.append(hashlib.file_digest(content, "sha256").hexdigest())

@@ -61,7 +61,7 @@ class Hunt:
             yield *draw(self.source, self.rng, held_out), set()
 
     def mutations(self, liked: list[str], letters: dict[str, list[str]]) -> Iterator[Proposal]:
-        """By turns of the best text without a drawn edit and of the best of all; at first of the greeting."""
+        """Alternately of the best text without a drawn edit and of the best of all; at first of the greeting."""
         greeting, near = self.source.greeting, [text for text in self.source[::2] if text]  # query and other greeting
         scored = [one for one in self.tried if one.score is not None]
         free = [one for one in scored if one.kinds == MUTATION]

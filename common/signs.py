@@ -20,6 +20,8 @@ PROSAIC = 0.2  # share of characters that name concrete things, below which a te
 WILD, ENOUGH = 7.1, 20
 SURELY_BACKWARDS = BACKWARDS + 0.4  # a text alone; the critic, who looks for more besides, is content with less
 FEAST = "节?(快乐|愉快|安康|安好|吉祥|大吉|顺利)"
+# Whom others may be wished well for: a child's parents, those who work with a client.
+SPOKEN_OF = {"宝宝", "儿子", "女儿", "客户", "员工", "学生", "同学", "朋友", "大家", "自己", "新人"}
 EDGE = r"[\s，,。；;！!？?：:、～~…—\-*#>|【】《》“”「」『』（）()\"'`/／丨·]"
 
 
@@ -146,8 +148,11 @@ def calls_somebody_else(query: str, text: str) -> bool:
 
 def said_to_another(query: str, text: str) -> bool:
     """Whether "your girlfriend" is wished well where the query asks for words to her, and names nobody else."""
-    words = [lexicon.RECIPIENTS[name]["asked"] for name in lexicon.recipients_in(query)]
-    return len(words) == 1 and bool(re.search(f"(祝|愿|祝福|恭喜)[你您]们?的?({words[0]})", text))
+    wanted = lexicon.recipients_in(query)
+    if len(wanted) != 1 or wanted & SPOKEN_OF:
+        return False
+    (person,) = (lexicon.RECIPIENTS[name]["asked"] for name in wanted)
+    return bool(re.search(f"(祝|愿|祝福|恭喜)[你您]的?({person})(?!节)", text))
 
 
 SIGNS = {sign.__name__: sign for sign in (echo, no_greeting, task_talk, form, plea, damage, off_target)}

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 RESAMPLES = 2000  # of the queries, for the interval of a mean or of kappa
 REFITS = 200  # the same for the logistic model, which takes longer
-LEAST = 8  # queries or groups of which something is concluded: how fewer vary is too uncertain
+LEAST = 8  # queries or groups: fewer vary too uncertainly to conclude from
 COMPLETE = 0.8  # share of the rows that must have a score, or their mean is marked incomplete
 
 
@@ -98,7 +98,7 @@ def chance_of_rise(before: list[list[bool]], after: list[list[bool]]) -> float:
     n hits and misses in groups say no more than n / d independent ones. d, the design effect, is the variance of the
     groups' counts over that of independent hits, of both sides together and never below 1. Counts divided by d are
     tested as independent ones are (Rao & Scott 1992, Biometrics 48, 577), by Fisher's exact test. 1 where one side has
-    fewer than LEAST groups: of fewer, p was too small up to nine times in simulations.
+    fewer than LEAST groups: with fewer, p was up to nine times too small in simulations.
     """
     from statistics import variance
 

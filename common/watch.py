@@ -95,7 +95,7 @@ class Watch:
         for first in read_lines(self.path)[:1]:
             gap = stats.paired_difference(dict(enumerate(scores)), dict(enumerate(first["likelihoods"])))
             early, late = first_and_last_tenth(rewards)
-            if late > early and gap["n"] > 1 and gap["hi"] < -FALL:
+            if late > early and gap["n"] >= stats.LEAST and gap["hi"] < -FALL:
                 row["less_likely"] = gap
         return row
 
@@ -119,7 +119,7 @@ def compare(step: int, grades: list[float | None], earlier: list[dict], rewards:
         then = {query: grade for query, grade in enumerate(best["grades"]) if grade is not None}
         row["against"], row["difference"] = best["step"], stats.paired_difference(now, then)
         first, last = first_and_last_tenth(rewards)
-        row["hack"] = last > first and row["difference"]["n"] > 1 and row["difference"]["hi"] < 0
+        row["hack"] = last > first and row["difference"]["n"] >= stats.LEAST and row["difference"]["hi"] < 0
     row["best"] = bool(usable) and (not bests or quality > bests[-1]["quality"])
     return row
 

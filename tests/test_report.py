@@ -55,7 +55,7 @@ def test_policy_figures_by_hand() -> None:
 def test_cost_is_the_sum_of_the_steps_and_equal_cost_takes_the_point_reached(tmp_path: Path) -> None:
     asked = {"ledger": {"calls": 10, "input_tokens": 1_000_000, "output_tokens": 500_000, "money": 4.0}}
     summaries = {
-        "01_summary": {"seconds": 10, **asked, "candidates": 40, "pairs": 7},
+        "01_summary": {"seconds": 10, **asked, "candidates": 60, "completions": 40, "pairs": 7},
         "02_summary": {"seconds": 20},
         "03_summary": {"seconds": 5, **asked, "parts": {"reflect": 8, "validation": 6, "test": 6}},
         "04_summary_none": {"seconds": 3},

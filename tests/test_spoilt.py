@@ -130,6 +130,9 @@ def test_signs_in_words_of_no_template() -> None:
     assert said_to_another("给女友的晚安", "祝你女友晚安，万事如意。")
     assert not said_to_another("给女友的晚安", "晚安，祝你好梦。")
     assert not said_to_another("给姐姐 外甥女满月", "姐姐，祝你女儿满月快乐。")
+    assert not said_to_another("宝宝满月祝福语", "恭喜你们宝宝满月，祝你宝宝平安。")
+    assert not said_to_another("护士节祝福", "祝您护士节快乐。")
+    assert not said_to_another("给合作伙伴", "祝您合作顺利，财源广进。")
     assert not said_to_another("同事的老婆生日", "祝你老婆生日快乐，蛋糕我来订。")
     assert breaks("父亲节 八个字", "爸爸，父亲节快乐，愿您每一天都开心。")
     assert signs("生日", "") == {"damage"}

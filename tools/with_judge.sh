@@ -8,7 +8,8 @@
 #   PORT=8000         of 127.0.0.1; the steps ask it with --base-url http://127.0.0.1:8000/v1
 #   JUDGE_MEMORY=30   GiB of the first GPU; without a GPU, vLLM's CPU build is expected
 #   CONCURRENCY=64    requests answered at once; give the steps the same --concurrency
-#   JUDGE_FLAGS=      more flags for vLLM, such as "--max-model-len 8192"
+#   JUDGE_FLAGS=      more flags for vLLM, such as "--max-model-len 8192"; on a CPU that, if more, takes
+#                     "--max-num-batched-tokens" of the same number too
 #   JUDGE_LOG=        where vLLM's output goes (outputs/judge.log)
 #   PYTHON=           the interpreter that has vLLM (.venv/bin/python, else python3)
 #
@@ -61,7 +62,7 @@ start_server() {
     set -- --gpu-memory-utilization "$(awk "BEGIN { printf \"%.3f\", ${JUDGE_MEMORY:-30} * 1024 / $mib }")"
   else
     export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}
-    # Without chunked prefill, of whose part of a prompt the CPU build cannot take back a seeded random number: it dies.
+    # Chunked prefill is off: the CPU build cannot rewind a seeded generator after a part of a prompt, and dies.
     set -- --enforce-eager --dtype bfloat16 --no-enable-chunked-prefill --max-num-batched-tokens 8192
   fi
   set -m # a process group for each job, so that a Ctrl-C reaches this script alone, which ends them in order
