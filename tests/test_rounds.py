@@ -93,7 +93,8 @@ def test_rounds_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, liking: fl
         return [{"step": 5, "loss": 0.5}, {"step": 10}]
 
     fake = Fake(liking)
-    fake.calibrate = lambda *rest: None
+    fake.calibration_file = tmp_path / "calibration.json"
+    fake.calibrate = lambda *rest: fake.calibration_file.touch()
     monkeypatch.setattr(step2, "train", train)
     monkeypatch.setattr(rounds, "RewardModel", lambda *rest: fake)
     monkeypatch.setattr("sys.argv", [SCRIPT, "--offline", "--run", str(tmp_path), "--rounds", "5"])
@@ -103,6 +104,7 @@ def test_rounds_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, liking: fl
     assert all(one["bought"]["value"] == float(liking > 0) for one in figures["rounds"])
     assert [one[0] for one in made] == ["rm_checkpoints", *(rounds.folder(n) for n in range(1, trainings))]
     assert made[0][1] is None and all(one[1] == tmp_path / "rm" for one in made[1:])
+    assert not fake.calibration_file.exists()  # which would say that the training has ended
 
 
 def outcome(run: Path) -> tuple:
