@@ -296,6 +296,16 @@ def test_two_tabs_of_one_rater_keep_what_both_rate(rating_tab, tmp_path: Path) -
     assert sorted(grades) == [[1, 1, 3], [2] * 5, [3] * 5]
 
 
+def test_a_reloaded_tab_knows_what_the_browser_forgot(rating_tab) -> None:
+    tab = rating_tab("甲")
+    press(tab, "33333")
+    tab.evaluate("localStorage.clear()")  # Chromium once in some hundred reloads, with two tabs open
+    tab.reload()
+    assert tab.input_value("#rater") == "甲" and finished(tab) == 1
+    press(tab, "22222")
+    assert finished(rating_tab("甲", beside=tab)) == 2  # it is kept for all tabs again
+
+
 def test_the_next_rater_takes_nothing_over_and_the_first_finds_it_all_again(rating_tab, tmp_path: Path) -> None:
     first = rating_tab("甲")
     press(first, "33333m12")
