@@ -199,17 +199,32 @@ def rating_tab(tmp_path: Path, visit):
     path.write_text(templates().get_template("annotate.html").render(page=shown, dimensions=list(WEIGHTS)), "utf-8")
 
     def open_tab(rater: str = "", beside=None):
-        if beside:
-            tab = beside.context.new_page()
-            tab.goto(path.as_uri())
-        else:
-            tab = visit(path)
+        tab = share_a_store(beside, path.as_uri()) if beside else visit(path)
         if rater:
             sign_in(tab, rater)
         return tab
 
     open_tab.rows = rows
     return open_tab
+
+
+def share_a_store(tab, url: str):
+    """A tab beside `tab`. Once in some hundred times Chromium gives it a localStorage of its own: then another."""
+    from playwright.sync_api import TimeoutError
+
+    tab.evaluate("localStorage.setItem('shared', 'yes')")
+    for _ in range(3):
+        beside = tab.context.new_page()
+        beside.goto(url)
+        try:
+            beside.wait_for_function("localStorage.getItem('shared')", polling=50, timeout=5000)
+        except TimeoutError:
+            beside.close()
+            continue
+        beside.evaluate("localStorage.removeItem('shared')")
+        tab.wait_for_function("!localStorage.getItem('shared')", polling=50)
+        return beside
+    raise AssertionError("three tabs in a row do not share the first one's localStorage")
 
 
 def sign_in(tab, rater: str) -> None:
