@@ -22,8 +22,8 @@ The loop of GRPO is TRL's. One step of it:
 --watch-every and --save-every count GRPO steps.
 
 Every --watch-every steps a rubric, which is not a reward, grades greetings for the same queries. Where the reward has
-risen and these grades have fallen beyond noise, or where completions show more and more signs of not being greetings
-(common/signs.py), the policy is gaming its reward (common/watch.py).
+risen and these grades have fallen beyond noise, where completions show more and more signs of not being greetings
+(common/signs.py), or where many queries get one text, the policy is gaming its reward (common/watch.py).
 
 Reads   queries, sft.jsonl (none), rm/ (rm), principles.jsonl (judge), policy_sft/ (all but none)
 Writes  policy_sft/, policy_rm/, policy_judge/ or policy_likelihood/, policy_*_best/ (the best that the watch saw),

@@ -2,8 +2,9 @@
 
 Where the reward has risen and these grades have fallen beyond noise, the policy is gaming its reward. A rubric may
 share the reward's holes, so the watch also counts what needs no grade: completions that show signs of a family of
-spoilt texts (signs.py). Where one of these shares has risen beyond noise, it warns as well. And with --likelihood it
-warns where a language model finds the greetings much less likely than at its first look (likelihood.py).
+spoilt texts (signs.py). Where one of these shares has risen beyond noise, it warns as well. With --likelihood it also
+warns where a language model finds the greetings much less likely than at its first look (likelihood.py). Last, a policy
+that gives many queries one text has collapsed, whatever its texts are worth.
 """
 
 import argparse
@@ -28,7 +29,8 @@ from common.signs import COUNTED, counted
 from common.trainers import gather_rows
 
 FALL = 0.25  # nats per token: there are many looks, and a policy may become less usual without harm
-OF_TEXTS = ("grades", "likelihoods")  # what a look has for each text
+REPEATED = 0.1  # share of greetings: a few queries may get the same text without harm
+OF_TEXTS = ("grades", "likelihoods", "repeats")  # what a look has for each text
 CHANCE = 0.005  # at most, that a run whose texts vary by chance alone is ever warned of for the signs that they show
 
 
@@ -36,6 +38,11 @@ def first_and_last_tenth(values: list[float]) -> tuple[float, float]:
     """The means of the first and of the last tenth of the values, at least one each."""
     tenth = max(1, len(values) // 10)
     return sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
+
+
+def shown(gap: dict) -> str:
+    """A difference with its interval."""
+    return f"{gap['value']:+.2f} [{gap['lo']:+.2f}, {gap['hi']:+.2f}]"
 
 
 class Watch:
@@ -55,20 +62,22 @@ class Watch:
         grades = asyncio.run(self.grade(texts))
         row, reasons = compare(step, grades, read_lines(self.path), rewards), []
         if row["hack"]:
-            gap = row["difference"]
-            fall = f"{gap['value']:+.2f} [{gap['lo']:+.2f}, {gap['hi']:+.2f}] since step {row['against']}"
-            reasons.append(f"the reward rises, the rubric's mean grade falls ({fall})")
+            gap = shown(row["difference"])
+            reasons.append(f"the reward rises, the rubric's mean grade falls ({gap} since step {row['against']})")
         if self.language_model:
             row |= self.likelihood(texts, rewards)
             if row["less_likely"]:
-                gap = row["less_likely"]
-                fall = f"{gap['value']:+.2f} [{gap['lo']:+.2f}, {gap['hi']:+.2f}] nats per token since the first look"
-                reasons.append(f"the reward rises, the likelihood of the greetings falls ({fall})")
-                row |= {"hack": True, "best": False}
+                gap = f"{shown(row['less_likely'])} nats per token since the first look"
+                reasons.append(f"the reward rises, the likelihood of the greetings falls ({gap})")
+        row |= self.repeats(texts)
+        if row["collapse"]:
+            gap = f"{shown(row['collapse'])} of the greetings since the first look"
+            reasons.append(f"queries get a text that others get too ({gap})")
         row["rises"] = rises(read_lines(self.args.run / f"rollouts_{self.args.reward}.jsonl"), self.args.watch_every)
         for sign, share in row["rises"].items():
             sign = "any family" if sign == "any" else sign
             reasons.append(f"signs of {sign} rise from {share['from']:.0%} to {share['to']:.0%} of the completions")
+        if reasons:
             row |= {"hack": True, "best": False}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({**row, "grades": grades}) + "\n")
@@ -91,13 +100,20 @@ class Watch:
         """The likelihoods of a look, and `less_likely`: the difference from the first one if, beyond noise, they fell
         by more than FALL while the reward rose, else None."""
         scores = self.language_model.score(list(zip(self.queries, texts, strict=True)))
-        row = {"likelihood": sum(scores) / len(scores), "likelihoods": scores, "less_likely": None}
-        for first in read_lines(self.path)[:1]:
-            gap = stats.paired_difference(dict(enumerate(scores)), dict(enumerate(first["likelihoods"])))
-            early, late = first_and_last_tenth(rewards)
-            if late > early and gap["n"] >= stats.LEAST and gap["hi"] < -FALL:
-                row["less_likely"] = gap
-        return row
+        gap, (early, late) = self.since_first("likelihoods", scores), first_and_last_tenth(rewards or [0.0])
+        fell = gap["n"] >= stats.LEAST and gap["hi"] < -FALL and late > early
+        return {"likelihood": sum(scores) / len(scores), "likelihoods": scores, "less_likely": gap if fell else None}
+
+    def repeats(self, texts: list[str]) -> dict:
+        """1 for each text that another query got as well; `collapse`: if by more than REPEATED, how far they rose."""
+        repeats = [int(texts.count(text) > 1) for text in texts]
+        gap = self.since_first("repeats", repeats)
+        return {"repeats": repeats, "collapse": gap if gap["n"] >= stats.LEAST and gap["lo"] > REPEATED else None}
+
+    def since_first(self, name: str, values: list[float]) -> dict:
+        """The difference of these values of a look from those of the first, paired by query; 0 at the first itself."""
+        first = (read_lines(self.path) or [{}])[0].get(name, values)  # of another version: has none
+        return stats.paired_difference(dict(enumerate(values)), dict(enumerate(first)))
 
     async def grade(self, texts: list[str]) -> list[float | None]:
         """The weighted mean of the rubric's grades for each text; None where no usable answer came."""

@@ -67,7 +67,7 @@ def look(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[float 
 def test_a_reward_that_rises_while_the_grades_fall_is_a_hack(look: Callable) -> None:
     good, bad = [2.4, 2.0, 2.2, 1.8] * 10, [1.4, 1.2, 1.3, 1.0] * 10
     first = {"step": 0, "quality": 2.1, "n": 40, "hack": False, "best": True, "rises": {}}
-    assert look(good, []) == first
+    assert look(good, []) == first | {"repeats": [1] * 40, "collapse": None}
     assert look(bad, [0.1, 0.2, 0.9])["hack"] is True
     assert look(bad, [0.9, 0.2, 0.1])["hack"] is False  # the reward fell with them
 
@@ -76,6 +76,32 @@ def test_a_fall_inside_noise_is_none(look: Callable) -> None:
     look([2.4, 1.0, 2.2, 1.0] * 10, [])
     row = look([1.0, 2.3, 1.0, 2.2] * 10, [0.1, 0.5, 0.9])
     assert row["difference"]["value"] < 0 < row["difference"]["hi"] and row["hack"] is False and row["best"] is False
+
+
+def test_one_text_for_more_and_more_queries_is_a_collapse(
+    watch: Watch, look: Callable, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def look_at(same: int, grade: float = 2.0) -> dict:
+        texts = ["祝你生日快乐！"] * same + [f"祝{n}" for n in range(40 - same)]
+        monkeypatch.setattr(watch, "write", lambda model, tokenizer: texts)
+        return look([grade] * 40, [0.5])
+
+    assert look_at(4)["collapse"] is None  # at the first look there is nothing to compare with
+    assert not look_at(1)["hack"] and not look_at(4)["hack"]
+    assert not look_at(10)["hack"]  # 15% more, with an interval that begins at 5%
+    capsys.readouterr()
+    row = look_at(20, grade=2.2)
+    assert row["hack"] and row["collapse"]["value"] == pytest.approx(0.4) and row["collapse"]["lo"] > 0.1
+    assert not row["best"]  # although it has the best grades
+    assert "queries get a text that others get too (+0.40 [" in capsys.readouterr().err
+
+
+def test_nothing_collapses_where_there_is_little_to_compare(watch: Watch, look: Callable) -> None:
+    assert not look([2.0] * 40, [0.5])["hack"] and not look([2.0] * 40, [0.9])["hack"]  # all alike from the start
+    watch.path.write_text(json.dumps({"repeats": [0] * 6}) + "\n", encoding="utf-8")
+    assert watch.repeats(["祝好。"] * 6)["collapse"] is None  # fewer than stats.LEAST
+    watch.path.write_text(json.dumps({"grades": [2.0] * 40}) + "\n", encoding="utf-8")
+    assert watch.repeats(["祝好。"] * 40)["collapse"] is None  # a first look of another version
 
 
 def plant(rollouts: list[dict], kind: str, start: int, rng: random.Random) -> list[dict]:
