@@ -6,7 +6,6 @@ pasted twice and a word to the reviewer. So
 
     pairs        are split by query; training pairs that share a text with a test pair are left out
     spoilt pairs are added: a chosen text against a spoilt form of itself, different ones each epoch  common/spoilt.py
-    --rounds     of a search for what buys it; what won is trained against, at half the rate          common/rounds.py
     training     stops when the loss on held-out pairs no longer falls                                TRL
     calibration  subtracts what remains of the score's correlation with length among good texts      reward_model.py
     --hard       goes on from the finished rm/ with rollouts of a policy that found what it overrates   common/hard.py
@@ -35,13 +34,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from common import hard, records, rounds, run_folder, stats, trainers
+from common import hard, records, run_folder, stats, trainers
 from common.endpoint import add_endpoint_flags
 from common.memory import peak_gib
 from common.pairs import Split, split_pairs
 from common.policy import add_policy_flags, load_base, load_tokenizer, lora, policy_path, silence_libraries
 from common.reward_model import RewardModel, compute_in_fp32
-from common.search import bought
+from common.search import bought, search_scores, sources_of
 from common.spoilt import FAMILIES, Pairs, attacked_texts, derived_pairs
 from common.store import open_store
 
@@ -66,7 +65,6 @@ def parse_args() -> argparse.Namespace:
     add("--batch-size", type=run_folder.positive, default=16, help="pairs per device and step (%(default)s)")
     add("--accumulation", type=run_folder.positive, default=8, help="steps that make one update (%(default)s)")
     add("--max-length", type=run_folder.positive, default=768, help="tokens; longer pairs are left out (%(default)s)")
-    add("--rounds", type=int, default=0, help="searches for what buys it, to train on, at most (%(default)s)")
     add("--checks", type=run_folder.positive, default=20, help="times to save and test on held-out pairs (%(default)s)")
     add("--patience", type=run_folder.positive, default=3, help="checks without a gain that end it (%(default)s)")
     add("--length-tolerance", type=float, default=0.0, help="correlation with length that stays; 1: all (%(default)s)")
@@ -80,8 +78,6 @@ def parse_args() -> argparse.Namespace:
     run_folder.add_run_flags(parser)
     args = run_folder.parse(parser, OFFLINE)
     args.preferences = args.preferences or args.run / "preferences.jsonl"
-    if args.rounds and args.without:
-        run_folder.fail("--rounds searches with all families, so it goes with no --without")
     return args
 
 
@@ -138,13 +134,11 @@ def training_pairs(args: argparse.Namespace, pairs: Pairs) -> tuple[Pairs, int, 
 
     Every epoch has spoilt texts of its own, so the trainer makes one pass over all epochs (--epochs 1.5: 3/4 of one
     over two). The pairs are in each twice: they are harder to tell apart than the up to --derived spoilt ones of each.
-    The rounds show as many pairs as the last epoch is spared.
     """
     epochs = max(1, math.ceil(args.epochs))
     spoilt: Pairs = []
     for epoch in range(epochs if args.derived else 0):
-        spared = args.rounds > 0 and args.derived > 1 and epoch == epochs - 1
-        spoilt += derived_pairs(pairs, args.derived - spared, args.without, args.seed, epoch)
+        spoilt += derived_pairs(pairs, args.derived, args.without, args.seed, epoch)
     times = 2 * epochs if spoilt else epochs
     return pairs * times + spoilt, len(spoilt), epochs
 
@@ -225,23 +219,12 @@ def train(
     return trainer.state.log_history
 
 
-def train_in_rounds(args: argparse.Namespace, base: str, split: Split) -> tuple[list[dict], dict]:
-    """Train, search for what buys the result, go on training with that, and so on; (the log, figures of it all)."""
+def train_on(args: argparse.Namespace, base: str, split: Split) -> tuple[list[dict], dict]:
+    """Train on the pairs of the training part and their spoilt forms; (the log, how many pairs there were)."""
     pairs, derived, epochs = training_pairs(args, split.train)
     stop = split.stop + derived_pairs(split.stop, min(args.derived, 1), args.without, args.seed)
     log = train(args, pairs, args.epochs / epochs, stop, base, "rm_checkpoints")
-    searched = []
-    while len(searched) < args.rounds:  # of a killed run's finished rounds nothing is left to do
-        number, done = len(searched) + 1, log[-1]["step"]
-        won = rounds.search_round(args, base, split, number)
-        searched.append(won)
-        if rounds.over(searched) or not won.train:
-            break
-        pairs = won.train + random.Random(args.seed + number).sample(split.train, len(won.train))  # seen before
-        more = train(args, pairs, 1, stop + won.held_out, base, rounds.folder(number), args.run / "rm")
-        log += [{**entry, "step": entry["step"] + done} for entry in more]
-    figures = {"train_pairs": len(split.train), "derived_pairs": derived, "test_pairs": len(split.test)}
-    return log, figures | {"rounds": [{"pairs": len(one.train), "bought": one.bought} for one in searched]}
+    return log, {"train_pairs": len(split.train), "derived_pairs": derived, "test_pairs": len(split.test)}
 
 
 # ---- what it has learnt ---------------------------------------------------------------------------------------------
@@ -316,9 +299,22 @@ def measure(args: argparse.Namespace, base: str, split: Split, log: list[dict]) 
     for name, test in figures["eval"].items():
         test["null"] = {rule: rates[name] for rule, rates in nulls.items()}
     figures["baselines"] = {rule: rates["all"] for rule, rates in nulls.items()}
-    most = min(SEARCHED, args.stress_size)
-    figures["bought"] = bought(*rounds.search_chosen(rm, split.test, most, args.seed, held_out=True)[1:])
+    figures["bought"] = bought_by_search(args, rm, split.test)
     return rm, figures | {"leaks": split.leaks, "leaked": bool(split.leaking), "log": log, "peak_gib": peak}
+
+
+def bought_by_search(args: argparse.Namespace, rm: RewardModel, pairs: Pairs) -> dict:
+    """How often a search finds what scores above a chosen text of these pairs: "all", and by family."""
+    prompts = {pair.query: pair.prompt for pair in pairs}
+    chosen = {(pair.query, pair.texts[1].strip()) for pair in pairs}
+    drawn = sorted(chosen, key=lambda row: run_folder.digest(args.seed, "bought", *row))
+
+    def score(rows: list[tuple[str, str]]) -> list[float]:
+        said = [[*prompts[asked], {"role": "assistant", "content": text}] for asked, text in rows]
+        return rm.score_conversations(said)
+
+    sources = sources_of(drawn[: min(SEARCHED, args.stress_size)], args.seed)
+    return bought(*search_scores(score, sources, args.seed))
 
 
 def write_results(args: argparse.Namespace, base: str, started: float, figures: dict) -> None:
@@ -330,8 +326,6 @@ def write_results(args: argparse.Namespace, base: str, started: float, figures: 
         longer, ngrams = (percent(test["null"][rule]["value"]) for rule in ("longer", "ngram"))
         print(f"02: {name:28} {share:>6}  [{lo}, {hi}]  longer {longer}, n-grams {ngrams}, n {test['n']}")
     families = ", ".join(f"{name} {percent(rate['value'])}" for name, rate in figures["bought"].items())
-    for one in figures.get("rounds", []):  # a summary that --hard goes on from may be of a version without
-        print(f"02: a round found {one['pairs']} pairs; {percent(one['bought']['value'])} of held-out texts bought")
     print(f"02: bought by a search on {figures['bought']['all']['n']} chosen texts: {families}")
     print(f"02: correlation of score and length within chosen texts {figures['length_correlation']:+.2f}")
     print(f"02: reward model in {args.run / 'rm'}")
@@ -345,7 +339,6 @@ def harden(args: argparse.Namespace, base: str, split: Split, settings: dict, st
         print(f"02: --hard done already, see {args.run / '02_summary.json'}")
         return 0
     seen = random.Random(args.seed).sample(split.train, min(len(split.train), len(begun.train)))
-    args.rounds = 0  # none follows, for which the last epoch would be spared pairs
     pairs, _, epochs = training_pairs(args, begun.train + seen)
     stop = split.stop + derived_pairs(split.stop, min(args.derived, 1), args.without, args.seed) + begun.held_out
     log = train(args, pairs, args.epochs / epochs, stop, base, hard.CHECKPOINTS, args.run / hard.BEFORE)
@@ -386,7 +379,7 @@ def main(args: argparse.Namespace) -> int:
         return 0
 
     silence_libraries()
-    log, figures = train_in_rounds(args, base, split)
+    log, figures = train_on(args, base, split)
     if run_folder.main_process():
         write_results(args, base, started, figures | measure(args, base, split, log)[1])
         stage.finish()

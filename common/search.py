@@ -56,9 +56,10 @@ class Hunt:
                 self.texts.add(text)
                 self.proposed.append((text, kinds, runs))
 
-    def drawn(self, held_out: bool) -> Iterator[Proposal]:
+    def drawn(self) -> Iterator[Proposal]:
+        """Of the families, in wordings that training never sees."""
         while True:
-            yield *draw(self.source, self.rng, held_out), set()
+            yield *draw(self.source, self.rng, held_out=True), set()
 
     def mutations(self, liked: list[str], letters: dict[str, list[str]]) -> Iterator[Proposal]:
         """Alternately of the best text without a drawn edit and of the best of all; at first of the greeting."""
@@ -85,13 +86,8 @@ class Hunt:
         self.proposed = []
 
 
-async def search(
-    score: Score, sources: list[Source], seed: int, tries: int = 64, held_out: bool = True
-) -> list[list[Try]]:
-    """What was tried on each source: at most `tries` different texts. `score` is awaited five times, for all sources.
-
-    held_out: draw from spoilt.py what training never sees.
-    """
+async def search(score: Score, sources: list[Source], seed: int, tries: int = 64) -> list[list[Try]]:
+    """What was tried on each source: at most `tries` different texts. `score` is awaited five times for all."""
     hunts = [Hunt(source, seed) for source in sources]
     letters = vocabulary([text for source in sources for text in source])
     gains: dict[str, list[float]] = {}  # of each run that was put in
@@ -99,7 +95,7 @@ async def search(
         liked = sorted(gains, key=lambda run: (-mean(gains[run]), run))[:LIKED]
         for hunt in hunts:
             if rounds_left == ROUNDS:
-                hunt.propose(tries // 2, hunt.drawn(held_out))
+                hunt.propose(tries // 2, hunt.drawn())
             else:
                 hunt.propose((tries - len(hunt.tried)) // (2 if rounds_left else 1), hunt.mutations(liked, letters))
         scores = iter(await score([(hunt.source.query, text) for hunt in hunts for text, *_ in hunt.proposed]))
@@ -110,7 +106,7 @@ async def search(
 
 
 def search_scores(
-    score: Callable[[list[tuple[str, str]]], list[float]], sources: list[Source], seed: int, held_out: bool = True
+    score: Callable[[list[tuple[str, str]]], list[float]], sources: list[Source], seed: int
 ) -> tuple[list[list[Try]], list[float]]:
     """(what was tried, the bar of each source: its own score) for an evaluator that asks nobody."""
 
@@ -118,7 +114,7 @@ def search_scores(
         return list(score(rows)) if rows else []
 
     bar = score([(source.query, source.greeting) for source in sources]) if sources else []
-    return asyncio.run(search(computed, sources, seed, held_out=held_out)), bar
+    return asyncio.run(search(computed, sources, seed)), bar
 
 
 def bought(found: list[list[Try]], bar: list[float | None]) -> dict[str, dict]:

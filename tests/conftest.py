@@ -14,7 +14,7 @@ from common.offline.tiny_model import tiny_policy
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each worker and what it starts
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The first makes the run that many need, and the second does not need it.
-LONG_FILES = ("pipeline", "rounds", "reward_model", "processes", "hard", "faults", "policy", "judge", "evaluate")
+LONG_FILES = ("pipeline", "reward_model", "processes", "hard", "faults", "policy", "judge", "evaluate")
 LONG_FILES += ("with_judge", "likelihood", "check")
 
 
