@@ -23,7 +23,7 @@ The loop of GRPO is TRL's. One step of it:
 
 Every --watch-every steps a rubric, which is not a reward, grades greetings for the same queries. Where the reward has
 risen and these grades have fallen beyond noise, where completions show more and more signs of not being greetings
-(common/signs.py), or where many queries get one text, the policy is gaming its reward (common/watch.py).
+(common/signs.py), or where more and more queries get one text, the policy is gaming its reward (common/watch.py).
 
 Reads   queries, sft.jsonl (none), rm/ (rm), principles.jsonl (judge), policy_sft/ (all but none)
 Writes  policy_sft/, policy_rm/, policy_judge/ or policy_likelihood/, policy_*_best/ (the best that the watch saw),

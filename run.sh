@@ -85,7 +85,7 @@ small() { # what step $1 takes with --small; docs/guide.md says why
 }
 
 if [ "$mode" = --small ]; then
-  say "--small: half a billion parameters, on this $([ $needs = requirements.txt ] && echo GPU || echo "CPU, for an hour if it computes in bf16, else for hours")"
+  say "--small: half a billion parameters, on this $([ $needs = requirements.txt ] && echo GPU || echo "CPU, for one to two hours if it computes in bf16, else for more")"
   set_up $needs
   [ -n "$(flag --policy "")" ] || flags+=(--policy Qwen/Qwen2.5-0.5B-Instruct)
   [ -n "$(flag --likelihood "")" ] || flags+=(--likelihood Qwen/Qwen2.5-1.5B-Instruct)

@@ -226,8 +226,10 @@ class Stage:
             self._save(done=False)
 
     def _changed(self, before: dict) -> list[str]:
-        """The settings that differ; one that is null is as good as none, which a version without it wrote."""
-        both = before.keys() | self.settings.keys()
+        """The settings that differ. Null is as good as none, which a version without the flag wrote; and where the flag
+        is gone since, so is one that was off."""
+        off = {name for name in before.keys() - self.settings.keys() if not before[name]}
+        both = (before.keys() | self.settings.keys()) - off
         return sorted(name for name in both if before.get(name) != self.settings.get(name))
 
     def _refuse(self, before: dict) -> NoReturn:

@@ -4,7 +4,7 @@ Where the reward has risen and these grades have fallen beyond noise, the policy
 share the reward's holes, so the watch also counts what needs no grade: completions that show signs of a family of
 spoilt texts (signs.py). Where one of these shares has risen beyond noise, it warns as well. With --likelihood it also
 warns where a language model finds the greetings much less likely than at its first look (likelihood.py). Last, a policy
-that gives many queries one text has collapsed, whatever its texts are worth.
+that gives more and more queries a text which others get too collapses, whatever its texts are worth.
 """
 
 import argparse
@@ -71,7 +71,7 @@ class Watch:
                 reasons.append(f"the reward rises, the likelihood of the greetings falls ({gap})")
         row |= self.repeats(texts)
         if row["collapse"]:
-            gap = f"{shown(row['collapse'])} of the greetings since the first look"
+            gap = f"{shown(row['collapse'])} of the queries since the first look"
             reasons.append(f"queries get a text that others get too ({gap})")
         row["rises"] = rises(read_lines(self.args.run / f"rollouts_{self.args.reward}.jsonl"), self.args.watch_every)
         for sign, share in row["rises"].items():

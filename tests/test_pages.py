@@ -320,6 +320,14 @@ def test_a_reloaded_tab_knows_what_the_browser_forgot(rating_tab) -> None:
     assert finished(rating_tab("甲", beside=tab)) == 1  # it is kept for all tabs again
 
 
+def test_a_tab_puts_back_what_another_one_did_not_know(rating_tab) -> None:
+    one = rating_tab("甲")
+    press(one, "3333322222")
+    two = rating_tab("甲", beside=one)
+    two.evaluate("localStorage.setItem(store(), '{}')")  # as one does to which the browser showed an empty store
+    two.wait_for_function("Object.keys(JSON.parse(localStorage.getItem(store()))).length === 2", polling=50)
+
+
 def test_the_next_rater_takes_nothing_over_and_the_first_finds_it_all_again(rating_tab, tmp_path: Path) -> None:
     first = rating_tab("甲")
     press(first, "33333m12")

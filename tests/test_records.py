@@ -255,7 +255,7 @@ def test_a_summary_names_figures_flags_and_packages(tmp_path: Path) -> None:
 
 def make_stage(run: Path, text: str = "old", finish: bool = True, **settings: object) -> Stage:
     stage = Stage(run, "01_step", ["a.jsonl", "model"], {"seed": 0, "samples": 4} | settings)
-    (run / "model").mkdir(exist_ok=True)
+    (run / "model").mkdir(parents=True, exist_ok=True)
     (run / "a.jsonl").write_text(text)
     (run / "model" / "w.bin").write_text(text)
     if finish:
@@ -283,6 +283,14 @@ def test_changed_settings_stop_a_stage_and_change_nothing(tmp_path: Path, refusa
     named = [str(tmp_path / "a.jsonl"), "samples=4", "samples=8", "bits=None", "bits=4", "--redo", "--run"]
     assert all(part in line for part in named) and "seed" not in line, line
     assert tree(tmp_path) == before
+
+
+def test_a_flag_that_is_gone_since_refuses_no_run_in_which_it_was_off(tmp_path: Path, refusal: Refusal) -> None:
+    make_stage(tmp_path, rounds=0, search=None)
+    assert reopen(tmp_path).done
+    assert "rounds=0" in refusal(lambda: reopen(tmp_path, rounds=2))
+    make_stage(tmp_path / "on", rounds=2)
+    assert "rounds=2" in refusal(lambda: reopen(tmp_path / "on"))
 
 
 def test_redo_moves_the_old_outputs_and_settings_to_replaced(tmp_path: Path) -> None:
