@@ -74,6 +74,25 @@ def test_every_epoch_has_spoilt_texts_of_its_own(pairs: list[Preference]) -> Non
     assert rm.training_pairs(args, pairs) == (pairs * 2, 0, 2)
 
 
+@pytest.mark.parametrize("liking", [1.0, -1.0])
+def test_it_is_bought_where_it_likes_worse_texts_better(pairs: list[Preference], liking: float) -> None:
+    good = {one.texts[:2] for one in pairs}
+    asked = []
+
+    def score(conversations: list) -> list[float]:
+        rows = [(messages[0]["content"], messages[-1]["content"]) for messages in conversations]
+        asked.extend(rows)
+        return [0.0 if row in good else liking for row in rows]
+
+    fake, args = SimpleNamespace(score_conversations=score), Namespace(seed=0, stress_size=7)
+    rates = rm.bought_by_search(args, fake, pairs[:20] * 2)  # a chosen text of two pairs is searched once
+    assert rates["all"]["n"] == 7 and rates["all"]["value"] == rates["mutation"]["value"] == float(liking > 0)
+    assert set(asked[:7]) <= {one.texts[:2] for one in pairs[:20]} and len(set(asked[:7])) == 7
+    assert len({asked for asked, _ in asked}) == 7  # each under its own prompt
+    args.stress_size = 500
+    assert rm.bought_by_search(args, fake, pairs[:20])["all"]["n"] == 20
+
+
 def test_no_query_and_no_text_is_on_both_sides_of_the_split(tmp_path: Path, pairs: list[Preference]) -> None:
     twice = [pair(p.texts[0] + " 短", p.texts[1], p.texts[2] + "吧") for p in pairs[:60]]
     write(tmp_path / "preferences.jsonl", pairs + twice)
