@@ -219,14 +219,6 @@ def train(
     return trainer.state.log_history
 
 
-def train_on(args: argparse.Namespace, base: str, split: Split) -> tuple[list[dict], dict]:
-    """Train on the pairs of the training part and their spoilt forms; (the log, how many pairs there were)."""
-    pairs, derived, epochs = training_pairs(args, split.train)
-    stop = split.stop + derived_pairs(split.stop, min(args.derived, 1), args.without, args.seed)
-    log = train(args, pairs, args.epochs / epochs, stop, base, "rm_checkpoints")
-    return log, {"train_pairs": len(split.train), "derived_pairs": derived, "test_pairs": len(split.test)}
-
-
 # ---- what it has learnt ---------------------------------------------------------------------------------------------
 
 
@@ -379,8 +371,11 @@ def main(args: argparse.Namespace) -> int:
         return 0
 
     silence_libraries()
-    log, figures = train_on(args, base, split)
+    pairs, derived, epochs = training_pairs(args, split.train)
+    stop = split.stop + derived_pairs(split.stop, min(args.derived, 1), args.without, args.seed)
+    log = train(args, pairs, args.epochs / epochs, stop, base, "rm_checkpoints")
     if run_folder.main_process():
+        figures = {"train_pairs": len(split.train), "derived_pairs": derived, "test_pairs": len(split.test)}
         write_results(args, base, started, figures | measure(args, base, split, log)[1])
         stage.finish()
     return 0

@@ -44,7 +44,7 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-from common import policy, records, run_folder, trainers
+from common import records, run_folder, trainers
 from common.characters import REFERENCES
 from common.client import Client
 from common.endpoint import add_endpoint_flags, endpoint_name
@@ -54,7 +54,17 @@ from common.judge import current_principles
 from common.likelihood import WORTH
 from common.memory import add_memory_flags, check_gpu, engine_share, peak_gib, show_plan, uses_likelihood
 from common.novelty import learnt_by_heart
-from common.policy import add_policy_flags, check_adapter, load_policy, load_tokenizer, lora, policy_path, save_adapter
+from common.policy import (
+    MAX_PROMPT,
+    add_policy_flags,
+    check_adapter,
+    load_policy,
+    load_tokenizer,
+    lora,
+    policy_path,
+    save_adapter,
+    silence_libraries,
+)
 from common.prompts import conversation, prompt_hashes
 from common.rewards import Rewards
 from common.signs import COUNTED
@@ -198,7 +208,7 @@ def build_trainer(args: argparse.Namespace, base: str, queries: list[records.Que
         # Rollouts are not in a checkpoint, so it is taken only when those of a step are used up.
         save_strategy="steps", save_steps=args.save_every * updates, save_total_limit=2,
         use_vllm=args.engine == "vllm", vllm_mode="colocate", vllm_enable_sleep_mode=args.sleep,
-        vllm_max_model_length=policy.MAX_PROMPT + args.max_tokens, vllm_gpu_memory_utilization=engine_share(args, base),
+        vllm_max_model_length=MAX_PROMPT + args.max_tokens, vllm_gpu_memory_utilization=engine_share(args, base),
         # The engine's log-probabilities are not the trainer's to the bit. Each token's term is multiplied by the
         # ratio of the two, at most 2; by default TRL would drop whole completions instead, the longest first.
         vllm_importance_sampling_mode="token_truncate", vllm_importance_sampling_clip_max=2.0,
@@ -329,7 +339,7 @@ def main(args: argparse.Namespace) -> int:
     if args.reward == "judge" or (args.reward != "none" and args.watch_every):
         Client.probe(args, f"04_{args.reward}")
     check_gpu(args, base)
-    policy.silence_libraries()
+    silence_libraries()
     figures = sft(args, base) if args.reward == "none" else grpo(args, base)
     if not run_folder.main_process():
         return 0

@@ -46,7 +46,7 @@ def cell(rates: list[dict]) -> str:
     if not n:
         return ""
     pooled = stats.rate(sum(rate["n"] * (rate["value"] or 0) for rate in rates), n)
-    words = "{value:.1%} [{lo:.1%}, {hi:.1%}]".format(**pooled)
+    words = stats.shown(pooled, ".1%")
     values = [rate["value"] for rate in rates if rate["n"]]
     return f"{words}, {min(values):.1%} to {max(values):.1%}" if len(rates) > 1 else words
 

@@ -119,7 +119,7 @@ def main() -> None:
         cells = [title, f"{len(own)}, {sum(stats.column(own, 'acceptable'))}", auc(own, "likelihood"), str(len(clean))]
         cells += [auc(clean, name) for name in ("likelihood", "worth", "gain", "length")]
         cells += [f"{statistics.median(stats.column(clean, 'gain')):+.1f}" if clean else "-"]
-        print(f"| {' | '.join(cells)} | {grades['value']:+.2f} [{grades['lo']:+.2f}, {grades['hi']:+.2f}] |")
+        print(f"| {' | '.join(cells)} | {stats.shown(grades, '+.2f')} |")
     print(f"\n| accepted: of those the reader shares | {' | '.join(map(str, THRESHOLDS))} |")
     print(f"|---|{'---|' * len(THRESHOLDS)}")
     for title, own in tables:

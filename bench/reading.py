@@ -80,8 +80,8 @@ def main() -> None:
         accepted = sum(stats.column(own, "acceptable"))
         cells = [
             name,
-            f"{accepted}: {shown(stats.rate(accepted, len(own)), '.0%')}",
-            shown(stats.mean_of(own, "grade")),
+            f"{accepted}: {stats.shown(stats.rate(accepted, len(own)), '.0%')}",
+            stats.shown(stats.mean_of(own, "grade")),
         ]
         cells += [f"{sum(stats.column(own, grade)) / len(own):.2f}" for grade in WEIGHTS]
         different = len(set(stats.column(own, "response")))
@@ -104,7 +104,7 @@ def main() -> None:
             means = [stats.query_means(groups[name], column) for name in (after, before)]
             gaps.append(stats.paired_difference(*means))
         accepted, grade, spoilt = gaps
-        cells = [shown(accepted, "+.0%"), shown(grade, "+.2f"), shown(spoilt, "+.0%")]
+        cells = [stats.shown(accepted, "+.0%"), stats.shown(grade, "+.2f"), stats.shown(spoilt, "+.0%")]
         print(f"| {after} over {before} | {' | '.join(cells)} |")
     if args.scored:
         print_evaluators(args.scored, rows)
@@ -123,15 +123,9 @@ def print_evaluators(run: Path, rows: list[dict]) -> None:
     for name, figures in readings_figures(both, labelled).items():
         shared, grades = figures["shared"], figures["grades"]
         kappa = f"{figures['kappa']:+.2f} [{figures['kappa_lo']:+.2f}, {figures['kappa_hi']:+.2f}]"
-        accepted = shown(shared, ".0%") if shared["n"] else "-"
-        correlation = shown(grades, "+.2f") if grades["value"] is not None else "-"
+        accepted = stats.shown(shared, ".0%") if shared["n"] else "-"
+        correlation = stats.shown(grades, "+.2f") if grades["value"] is not None else "-"
         print(f"| {name} | {shared['n']} | {accepted} | {kappa} | {correlation} |")
-
-
-def shown(figure: dict, form: str = ".2f") -> str:
-    """A value with its interval."""
-    value, lo, hi = (format(figure[name], form) for name in ("value", "lo", "hi"))
-    return f"{value} [{lo}, {hi}]"
 
 
 if __name__ == "__main__":

@@ -152,6 +152,12 @@ def bootstrap(means: Iterable[float]) -> dict:
     return interval(numbers.mean(), numbers[draws].mean(axis=1), n)
 
 
+def shown(figure: dict, form: str = ".2f") -> str:
+    """A figure with its interval, as words."""
+    value, lo, hi = (format(figure[name], form) for name in ("value", "lo", "hi"))
+    return f"{value} [{lo}, {hi}]"
+
+
 def interval(value: float, resampled, n: int) -> dict:
     """A value with the percentile interval of its resamples, rounded as every figure of the report is."""
     import numpy as np

@@ -29,7 +29,7 @@ from common.signs import COUNTED, counted
 from common.trainers import gather_rows
 
 FALL = 0.25  # nats per token: there are many looks, and a policy may become less usual without harm
-REPEATED = 0.1  # share of greetings: a few queries may get the same text without harm
+REPEATED = 0.1  # share of the queries: a few may get the same text without harm
 OF_TEXTS = ("grades", "likelihoods", "repeats")  # what a look has for each text
 CHANCE = 0.005  # at most, that a run whose texts vary by chance alone is ever warned of for the signs that they show
 
@@ -38,11 +38,6 @@ def first_and_last_tenth(values: list[float]) -> tuple[float, float]:
     """The means of the first and of the last tenth of the values, at least one each."""
     tenth = max(1, len(values) // 10)
     return sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
-
-
-def shown(gap: dict) -> str:
-    """A difference with its interval."""
-    return f"{gap['value']:+.2f} [{gap['lo']:+.2f}, {gap['hi']:+.2f}]"
 
 
 class Watch:
@@ -60,18 +55,19 @@ class Watch:
         """The row that it appends to watch_*.jsonl; `rewards` are the mean rewards of the steps so far."""
         texts = self.write(model, tokenizer)
         grades = asyncio.run(self.grade(texts))
-        row, reasons = compare(step, grades, read_lines(self.path), rewards), []
+        earlier, reasons = read_lines(self.path), []
+        row = compare(step, grades, earlier, rewards)
         if row["hack"]:
-            gap = shown(row["difference"])
+            gap = stats.shown(row["difference"], "+.2f")
             reasons.append(f"the reward rises, the rubric's mean grade falls ({gap} since step {row['against']})")
         if self.language_model:
-            row |= self.likelihood(texts, rewards)
+            row |= self.likelihood(texts, rewards, earlier)
             if row["less_likely"]:
-                gap = f"{shown(row['less_likely'])} nats per token since the first look"
+                gap = f"{stats.shown(row['less_likely'], '+.2f')} nats per token since the first look"
                 reasons.append(f"the reward rises, the likelihood of the greetings falls ({gap})")
-        row |= self.repeats(texts)
+        row |= repeats_of(texts, earlier)
         if row["collapse"]:
-            gap = f"{shown(row['collapse'])} of the queries since the first look"
+            gap = f"{stats.shown(row['collapse'], '+.2f')} of the queries since the first look"
             reasons.append(f"queries get a text that others get too ({gap})")
         row["rises"] = rises(read_lines(self.args.run / f"rollouts_{self.args.reward}.jsonl"), self.args.watch_every)
         for sign, share in row["rises"].items():
@@ -96,24 +92,13 @@ class Watch:
         with torch.random.fork_rng():  # training goes on with the random numbers that it would have had
             return generate(model, tokenizer, prompts, batch_size=self.args.batch_size_generate, **sampling)
 
-    def likelihood(self, texts: list[str], rewards: list[float]) -> dict:
+    def likelihood(self, texts: list[str], rewards: list[float], earlier: list[dict]) -> dict:
         """The likelihoods of a look, and `less_likely`: the difference from the first one if, beyond noise, they fell
         by more than FALL while the reward rose, else None."""
         scores = self.language_model.score(list(zip(self.queries, texts, strict=True)))
-        gap, (early, late) = self.since_first("likelihoods", scores), first_and_last_tenth(rewards or [0.0])
+        gap, (early, late) = since_first(earlier, "likelihoods", scores), first_and_last_tenth(rewards or [0.0])
         fell = gap["n"] >= stats.LEAST and gap["hi"] < -FALL and late > early
         return {"likelihood": sum(scores) / len(scores), "likelihoods": scores, "less_likely": gap if fell else None}
-
-    def repeats(self, texts: list[str]) -> dict:
-        """1 for each text that another query got as well; `collapse`: if by more than REPEATED, how far they rose."""
-        repeats = [int(texts.count(text) > 1) for text in texts]
-        gap = self.since_first("repeats", repeats)
-        return {"repeats": repeats, "collapse": gap if gap["n"] >= stats.LEAST and gap["lo"] > REPEATED else None}
-
-    def since_first(self, name: str, values: list[float]) -> dict:
-        """The difference of these values of a look from those of the first, paired by query; 0 at the first itself."""
-        first = (read_lines(self.path) or [{}])[0].get(name, values)  # of another version: has none
-        return stats.paired_difference(dict(enumerate(values)), dict(enumerate(first)))
 
     async def grade(self, texts: list[str]) -> list[float | None]:
         """The weighted mean of the rubric's grades for each text; None where no usable answer came."""
@@ -121,6 +106,19 @@ class Watch:
             pairs = zip(self.queries, texts, strict=True)
             answers = await gather_or_unusable(*(grade_greeting(client, query, text or EMPTY) for query, text in pairs))
         return [None if isinstance(answer, Unusable) else answer.quality for answer in answers]
+
+
+def repeats_of(texts: list[str], earlier: list[dict]) -> dict:
+    """1 for each text that another query got as well; `collapse`: if by more than REPEATED, how far they rose."""
+    repeats = [int(texts.count(text) > 1) for text in texts]
+    gap = since_first(earlier, "repeats", repeats)
+    return {"repeats": repeats, "collapse": gap if gap["n"] >= stats.LEAST and gap["lo"] > REPEATED else None}
+
+
+def since_first(earlier: list[dict], name: str, values: list[float]) -> dict:
+    """The difference of these values of a look from those of the first, paired by query; 0 at the first itself."""
+    first = earlier[0].get(name, values) if earlier else values  # a look of an older version may have none
+    return stats.paired_difference(dict(enumerate(values)), dict(enumerate(first)))
 
 
 def compare(step: int, grades: list[float | None], earlier: list[dict], rewards: list[float]) -> dict:

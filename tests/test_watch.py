@@ -18,7 +18,7 @@ from common.rewards import figures_of
 from common.signs import signs
 from common.spoilt import FAMILIES, Source, draw, spoil
 from common.stats import chance_of_rise
-from common.watch import Watch, rises, watch_callback
+from common.watch import Watch, repeats_of, rises, watch_callback
 
 HACKED = ROOT / "../shared/readings/hack_rollouts.jsonl"
 GOOD = [row for row in read(ROOT / "data/labelled.jsonl", Labelled) if row.label == 1]
@@ -98,10 +98,21 @@ def test_one_text_for_more_and_more_queries_is_a_collapse(
 
 def test_nothing_collapses_where_there_is_little_to_compare(watch: Watch, look: Callable) -> None:
     assert not look([2.0] * 40, [0.5])["hack"] and not look([2.0] * 40, [0.9])["hack"]  # all alike from the start
-    watch.path.write_text(json.dumps({"repeats": [0] * 6}) + "\n", encoding="utf-8")
-    assert watch.repeats(["祝好。"] * 6)["collapse"] is None  # fewer than stats.LEAST
-    watch.path.write_text(json.dumps({"grades": [2.0] * 40}) + "\n", encoding="utf-8")
-    assert watch.repeats(["祝好。"] * 40)["collapse"] is None  # a first look of another version
+    assert repeats_of(["祝好。"] * 6, [{"repeats": [0] * 6}])["collapse"] is None  # fewer than stats.LEAST
+    assert repeats_of(["祝好。"] * 40, [{"grades": [2.0] * 40}])["collapse"] is None  # a look of an older version
+
+
+def test_the_small_runs_reward_model_is_warned_of_and_likelihood_is_not() -> None:
+    """What its policies wrote for 65 held-out queries (docs/results.md), as if the watch had looked at that."""
+    texts: dict[str, list[tuple[str, str]]] = {}
+    for row, key in zip(*(lines(ROOT / f"docs/readings_{name}.jsonl") for name in ("wanted", "key")), strict=True):
+        texts.setdefault(key["policy"], []).append((row["query"], row["response"]))
+    written = {policy: [text for _, text in sorted(rows)] for policy, rows in texts.items()}
+    first = repeats_of(written["sft"], [])
+    collapsed = repeats_of(written["grpo_rm"], [first])
+    print({policy: sum(repeats_of(rows, [])["repeats"]) for policy, rows in written.items()}, collapsed["collapse"])
+    assert sum(first["repeats"]) == 0 and collapsed["collapse"]
+    assert repeats_of(written["grpo_likelihood"], [first])["collapse"] is None
 
 
 def plant(rollouts: list[dict], kind: str, start: int, rng: random.Random) -> list[dict]:
